@@ -12,14 +12,22 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
+import matplotlib
+import numpy as np
+import tiktoken
 import torch
 
 import data
 import una
 from model import GPT, GPTConfig, all_responses, response_logprobs, sample
+
+matplotlib.use("Agg")   # pictures go to files; no screen is needed
+import matplotlib.pyplot as plt  # noqa: E402
 
 # method: (learning rate, beta inside the method's loss as a multiple of the task's)
 METHODS = {
@@ -179,9 +187,18 @@ class World:
 PAIR, BINARY, SCORE = range(3)
 
 
+def collect_feedback(settings, seed, reference, device):
+    """Two responses of the reference to one training prompt after the other, judged. The held-out prompts get none."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = data.encode_prompts(data.TRAIN_PROMPTS)[torch.arange(settings.judged) // 2 % len(data.TRAIN_PROMPTS)]
+    responses, mask = sample(reference, prompts.to(device), data.MAX_TOKENS, data.EOT, torch.Generator(device).manual_seed(seed))
+    feedback = data.judge(prompts, responses.cpu(), mask.cpu(), generator)
+    return data.Feedback(*(getattr(feedback, item.name).to(device) for item in fields(feedback)))
+
+
 def feedback_items(method, feedback):
     """The items (kind, row, other row) that a method learns from, (N, 3). All methods see the same responses."""
-    rows = torch.arange(len(feedback.tokens))
+    rows = torch.arange(len(feedback.tokens), device=feedback.tokens.device)
 
     def items(kind, first, second):
         return torch.stack([torch.full_like(first, kind), first, second], dim=1)
@@ -236,11 +253,288 @@ def online_losses(method, policy, reference, prompts, per_prompt, beta, generato
     return una.una_reward_loss(una.implicit_reward(logprob, ref_logprob, beta, offset), explicit)
 
 
+def state_bytes(policy, optimizer, frozen):
+    """Bytes of weights, gradients and optimiser state of all models that training holds."""
+    held = [*policy.parameters(), *(p.grad for p in policy.parameters()), *(p for model in frozen for p in model.parameters()),
+            *(value for state in optimizer.state.values() for value in state.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def batches(items, size, generator):
+    """Shuffled batches for ever; what is left over at the end of an epoch is dropped."""
+    while True:
+        order = torch.randperm(len(items), generator=generator)
+        yield from items[order].split(size)[:max(1, len(items) // size)]
+
+
+def align(method, seed, settings, reference, feedback, world, progress):
+    """Trains a copy of the reference by one method. Returns the policy, its log-probabilities (P, Y) and its entry for results.json."""
+    learning_rate, beta_multiple = METHODS[method]
+    beta = beta_multiple * settings.beta
+    device = world.prompts.device
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    if method in ONLINE:
+        generator = torch.Generator(device).manual_seed(seed)
+    else:
+        with torch.no_grad():                                               # once, not at every step
+            ref_logprob = response_logprob(reference, feedback.tokens, feedback.mask)
+            other_ref_logprob = response_logprob(reference, feedback.other_tokens, feedback.other_mask)
+        items = feedback_items(method, feedback)
+        size = max(1, round(settings.batch * len(items) / len(feedback.tokens)))   # so a batch has as many responses in all methods
+        stream = batches(items, size, torch.Generator().manual_seed(seed))
+    checkpoints = {max(1, settings.steps >> i) for i in range(settings.evaluations)}
+    figures = world.evaluate(world.ref_logprobs)
+    curve = [dict(step=0, seconds=0.0, objective=figures["objective"], regret=figures["regret"])]
+    clock = Clock(device)
+    clock.start()
+    for step in range(1, settings.steps + 1):
+        if method in ONLINE:
+            losses = online_losses(method, policy, reference, world.prompts, settings.batch // len(world.prompts), beta, generator)
+        else:
+            losses = offline_losses(method, policy, feedback, ref_logprob, other_ref_logprob, next(stream).to(device), beta)
+        loss = losses.mean()
+        set_lr(optimizer, learning_rate, step, settings.steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step == 1:
+            start_loss = loss.item()
+        if progress.on:
+            left = (clock.seconds + clock.now() - clock.started) / step * (settings.steps - step)
+            progress.show(f"seed {seed} | {method} | step {step} of {settings.steps} | loss {loss.item():.4f} | {left:.0f} s left")
+        if step in checkpoints:
+            clock.stop()
+            logprobs = world.logprobs(policy)
+            figures = world.evaluate(logprobs)
+            point = dict(step=step, seconds=clock.seconds, objective=figures["objective"], regret=figures["regret"])
+            apart = ""
+            if method not in ONLINE:                                        # under DPO both may fall
+                with torch.no_grad():
+                    reward = una.implicit_reward(response_logprob(policy, feedback.tokens, feedback.mask), ref_logprob, beta)
+                point["chosen_reward"], point["rejected_reward"] = reward[feedback.pairs].mean(0).tolist()
+                apart = f" | r_w {point['chosen_reward']:+.2f} r_l {point['rejected_reward']:+.2f}"
+            curve.append(point)
+            progress.keep(f"seed {seed} | {method} | step {step} | loss {loss.item():.4f} (at start {start_loss:.4f}){apart} | "
+                          f"KL {figures['kl']:.3f} | J {figures['objective']:.3f} of {figures['optimum']:.3f} | {clock.seconds:.1f} s")
+            clock.start()
+    run = dict(method=method, seed=seed, beta=settings.beta, method_beta=beta, learning_rate=learning_rate, start_loss=start_loss,
+               seconds=clock.seconds, state_bytes=state_bytes(policy, optimizer, [reference] if method in ONLINE else []),
+               train=figures, curve=curve)
+    return policy, logprobs, run
+
+
+# ---------------------------------------------------------------- the report
+def gain_share(figures, reference):
+    """J gained, as a share of what the optimum gains."""
+    return (figures["objective"] - reference["objective"]) / (figures["optimum"] - reference["objective"])
+
+
+def frontier_share(figures, reference):
+    """Reward gained, as a share of what the frontier gains at the same KL; NaN where nothing moved."""
+    possible = figures["frontier_reward"] - reference["reward"]
+    return (figures["reward"] - reference["reward"]) / possible if figures["kl"] > 1e-6 else math.nan
+
+
+def table(results, split):
+    """The terminal's table for one set of prompts: means over the seeds, with the regret's standard deviation where there are several."""
+    start = {entry["seed"]: entry[split] for entry in results["landmarks"] if entry["method"] == "reference"}
+    columns = {  # heading: (format, figure of one entry)
+        "reward": ("{:.3f}", lambda entry: entry[split]["reward"]),
+        "KL": ("{:.3f}", lambda entry: entry[split]["kl"]),
+        "J": ("{:.3f}", lambda entry: entry[split]["objective"]),
+        "regret": ("{:.5f}", lambda entry: entry[split]["regret"]),
+        "of gain": ("{:.1%}", lambda entry: gain_share(entry[split], start[entry["seed"]])),
+        "of frontier": ("{:.1%}", lambda entry: frontier_share(entry[split], start[entry["seed"]])),
+        "seconds": ("{:.1f}", lambda entry: entry.get("seconds", math.nan)),
+    }
+    lines = [f"{split + ' prompts':<18}" + "".join(f"{heading:>12}" for heading in columns)]
+    entries = sorted(results["landmarks"], key=lambda entry: entry["method"] == "optimum")
+    entries[len(start):len(start)] = results["runs"]                        # reference, methods, optimum
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        values = {heading: [figure(entry) for entry in entries if entry["method"] == method] for heading, (_, figure) in columns.items()}
+        cells = [form.format(np.mean(values[heading])) for heading, (form, _) in columns.items()]
+        spread = f"  regret +- {np.std(values['regret'], ddof=1):.5f}" if len(start) > 1 else ""
+        lines.append(f"{method:<18}" + "".join(f"{'-' if 'nan' in cell else cell:>12}" for cell in cells) + spread)
+    return "\n".join(lines)
+
+
+def show_samples(name, model, prompts, seed):
+    """Three responses to each prompt, from the same random numbers for every model."""
+    x = data.encode_prompts(prompts).repeat_interleave(3, 0).to(model.wte.weight.device)
+    y, mask = sample(model, x, data.MAX_TOKENS, data.EOT, torch.Generator(x.device).manual_seed(seed))
+    texts = [data.decode_response(*row) for row in zip(y, mask)]
+    return f"{name:<17}" + " ".join(f"{','.join(texts[i:i + 3]):<60}" for i in range(0, len(texts), 3)).rstrip()
+
+
+COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors))
+
+
+def save(path, write):
+    """write(path) whole or not at all."""
+    partial = f"{path}.part"
+    write(partial)
+    os.replace(partial, path)
+
+
+def draw_frontier(results, world, path):
+    """Reward against KL: every run under the exact frontier of the first seed."""
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    entries = [entry for entry in results["landmarks"] if entry["method"] == "optimum"] + results["runs"]
+    widest = max(1.1 * max(entry["train"]["kl"] for entry in entries), 0.1)
+    points = [world.tilted(b) for b in np.geomspace(0.02, 100, 200)]
+    axes.plot(*zip(*[(kl, reward) for reward, kl in points if kl <= widest]), color="black", label="frontier: no policy is above")
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        xy = [(entry["train"]["kl"], entry["train"]["reward"]) for entry in entries if entry["method"] == method]
+        style = dict(marker="*", s=260, color="gold", edgecolor="black", zorder=3) if method == "optimum" else dict(color=COLORS[method], zorder=2)
+        axes.scatter(*zip(*xy), label="optimum of J" if method == "optimum" else method, **style)
+    axes.set(xlabel="KL(policy || reference), nats", ylabel="mean reward", title="Reward against KL, training prompts, exact")
+    axes.legend(fontsize=8)
+    save(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    plt.close(figure)
+
+
+def draw_regret(results, path):
+    """Regret to the exact optimum against seconds of training, for the online methods: seeds thin, their median thick."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in ONLINE:
+        curves = [[(point["seconds"], max(point["regret"], 1e-6)) for point in run["curve"]] for run in results["runs"] if run["method"] == method]
+        for curve in curves:
+            axes.plot(*zip(*curve), color=COLORS[method], linewidth=0.7, alpha=0.6)
+        if curves:
+            axes.plot(*np.median(np.array(curves), axis=0).T, color=COLORS[method], linewidth=2.2, label=method)
+    axes.set(yscale="log", xlabel="seconds of training", ylabel="regret: J* - J", title="Distance to the exact optimum, training prompts")
+    if axes.lines:
+        axes.legend()
+    save(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    plt.close(figure)
+
+
+def draw_rewards(panels, path):
+    """Implicit reward beta log pi/pi_ref + beta log Z(x) against the judge's r(x, y), one panel a policy.
+
+    Each dot is a response of pi_ref's more likely ones. On the diagonal the two agree, and the policy is optimal (Eq. 18).
+    """
+    columns = min(5, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.7 * rows + 0.4), sharex=True, sharey=True, squeeze=False,
+                                layout="constrained")
+    for axes, (name, (explicit, implicit)) in zip(grid.flat, panels.items()):
+        axes.plot([-3, 2], [-3, 2], color="black", linewidth=0.8)
+        axes.scatter(explicit, implicit, s=3, alpha=0.3, color=COLORS.get(name, "grey"))
+        axes.set_title(name, fontsize=9)
+    for axes in grid.flat[len(panels):]:
+        axes.set_visible(False)
+    figure.supxlabel("explicit reward, the judge's")
+    figure.supylabel("implicit reward")
+    save(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    plt.close(figure)
+
+
+def reward_panel(world, logprobs):
+    """(explicit, implicit) rewards of the responses that pi_ref gives more than 1 in 2000."""
+    likely = world.ref_logprobs > math.log(1 / 2000)
+    implicit = una.implicit_reward(logprobs, world.ref_logprobs, world.beta, world.optimum[:, None])
+    return world.rewards[likely].numpy(), implicit[likely].numpy()
+
+
+# ---------------------------------------------------------------- the whole run
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(arguments):
+    """Settings from the command line; whatever is wrong with them ends the program with one line and status 2."""
+    parser = Parser(prog="train.py", description="UNA on a toy task whose optimum is known: train, measure, report.")
+    for item in fields(Settings):
+        flag = "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            parser.add_argument(flag, action="store_true", help=item.metadata["help"])
+        else:
+            parser.add_argument(flag, type=item.type, metavar=item.name.upper(), help=f"{item.metadata['help']} [{item.default}]",
+                                default=argparse.SUPPRESS)
+    given = vars(parser.parse_args(arguments))
+    settings = Settings(**{**(QUICK if given["quick"] else {}), **given})
+    names = settings.methods.split(",")
+    for name in names:
+        if name not in METHODS:
+            parser.error(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
+    if len(set(names)) < len(names):
+        parser.error(f"--methods names a method twice: {settings.methods}")
+    if not 0 < settings.beta < math.inf:
+        parser.error(f"--beta must be a positive number, got {settings.beta}")
+    least = dict(seeds=1, seed=0, steps=1, batch=2 * len(data.TRAIN_PROMPTS), judged=24, reference_steps=1, evaluations=1,
+                 n_layer=1, n_head=1, n_embd=1)
+    for name, low in least.items():
+        if getattr(settings, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(settings, name)}")
+    if settings.judged % 2:
+        parser.error(f"--judged must be even, as responses come in pairs, got {settings.judged}")
+    if settings.n_embd % settings.n_head:
+        parser.error(f"--n-embd {settings.n_embd} is not a multiple of --n-head {settings.n_head}")
+    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if settings.device == "auto":
+        settings.device = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
+    if settings.device not in available:
+        parser.error(f"--device must be auto, cpu, cuda or mps, got {settings.device!r}")
+    if not available[settings.device]:
+        parser.error(f"--device {settings.device}: there is no such device here")
+    try:
+        os.makedirs(settings.out, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.out):
+            pass
+    except OSError as error:
+        parser.error(f"--out {settings.out}: cannot write there: {error.strerror}")
+    return settings
+
+
+def main(arguments=None):
+    settings = parse(arguments)
+    device = torch.device(settings.device)
+    methods = settings.methods.split(",")
+    progress = Progress()
+    results = dict(settings=asdict(settings),
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                                 tiktoken=tiktoken.__version__, matplotlib=matplotlib.__version__),
+                   device=settings.device, landmarks=[], runs=[])
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        reference = train_reference(settings, seed, device, progress)
+        progress.show(f"seed {seed} | exact optimum")
+        worlds = {"train": World(reference, data.TRAIN_PROMPTS, settings.beta, device),
+                  "heldout": World(reference, data.HELDOUT_PROMPTS, settings.beta, device)}
+        best = {split: una.optimal_policy(world.ref_logprobs, world.rewards, settings.beta)[0] for split, world in worlds.items()}
+        results["landmarks"] += [
+            dict(method="reference", seed=seed, **{split: world.evaluate(world.ref_logprobs) for split, world in worlds.items()}),
+            dict(method="optimum", seed=seed, **{split: world.evaluate(best[split]) for split, world in worlds.items()})]
+        feedback = collect_feedback(settings, seed, reference, device)
+        policies = {"reference": reference}
+        panels = {"reference": reward_panel(worlds["train"], worlds["train"].ref_logprobs)}
+        for method in methods:
+            policy, logprobs, run = align(method, seed, settings, reference, feedback, worlds["train"], progress)
+            run["heldout"] = worlds["heldout"].evaluate(worlds["heldout"].logprobs(policy))
+            results["runs"].append(run)
+            policies[method] = policy
+            panels[method] = reward_panel(worlds["train"], logprobs)
+        for name, policy in policies.items():
+            state = dict(config=asdict(policy.config), weights=policy.state_dict())
+            save(os.path.join(settings.out, f"{name}-{seed}.pt"), lambda partial: torch.save(state, partial))
+        if seed == settings.seed:
+            shown = worlds["train"], policies, panels
+    progress.show("")
+    world, policies, panels = shown
+    print(table(results, "train"), table(results, "heldout"), sep="\n\n")
+    examples = [data.TRAIN_PROMPTS[0], data.HELDOUT_PROMPTS[0]]
+    print("\n" + f"{'responses to':<18}" + " ".join(f"{prompt:<60}" for prompt in examples).rstrip())
+    for name, policy in policies.items():
+        print(show_samples(name, policy, examples, settings.seed))
+    draw_frontier(results, world, os.path.join(settings.out, "frontier.png"))
+    draw_regret(results, os.path.join(settings.out, "regret-over-time.png"))
+    draw_rewards(panels, os.path.join(settings.out, "implicit-against-explicit.png"))
+    save(os.path.join(settings.out, "results.json"),
+         lambda partial: Path(partial).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n"))
+    print(f"\nwritten to {settings.out}: results.json, three pictures, weights")
+
+
 if __name__ == "__main__":
-    from dataclasses import replace
-    torch.set_num_threads(2)
-    s = Settings()
-    t = time.time()
-    m = train_reference(s, 0, torch.device("cpu"), Progress())
-    print("ref", time.time() - t)
-    torch.save(m, "/tmp/proto/ref.pt")
+    main()
