@@ -31,15 +31,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # method: (learning rate, beta inside the method's loss as a multiple of the task's)
 METHODS = {
-    "una-pair": (1e-3, 1.0),           # Eq. 10 on pairs
-    "una-binary-mse": (1e-3, 1.0),     # Eq. 11 on thumbs
-    "una-binary-bce": (1e-3, 1.0),     # Eq. 12 on thumbs
-    "una-score": (1e-3, 1.0),          # Eq. 13 on scores
-    "una-mixed": (1e-3, 1.0),          # Eq. 10, 11 and 13 in one run: a third of the responses has pairs, a third thumbs, a third scores
-    "una-online": (1e-3, 1.0),         # Eq. 7 on fresh samples and their reward
-    "una-online-score": (1e-3, 1.0),   # Eq. 9 on fresh samples and their score
-    "dpo": (1e-3, 1.0),                # Eq. 5 on pairs
-    "kto": (1e-3, 1.0),                # KTO on thumbs
+    "una-pair": (3e-4, 2.0),           # Eq. 10 on pairs
+    "una-binary-mse": (1e-3, 0.25),    # Eq. 11 on thumbs
+    "una-binary-bce": (1e-3, 0.25),    # Eq. 12 on thumbs
+    "una-score": (1e-3, 0.25),         # Eq. 13 on scores
+    "una-mixed": (1e-3, 0.25),         # Eq. 10, 11 and 13 in one run, each on a third of the responses
+    "una-online": (3e-3, 1.0),         # Eq. 7 on fresh samples and their rewards
+    "una-online-score": (1e-3, 1.0),   # Eq. 9 on fresh samples and their scores
+    "dpo": (3e-4, 2.0),                # Eq. 5 on pairs
+    "kto": (1e-3, 0.25),               # KTO on thumbs
 }
 ONLINE = ("una-online", "una-online-score")
 
@@ -70,40 +70,27 @@ class Settings:
 QUICK = dict(steps=16, judged=512, reference_steps=60, evaluations=2, n_embd=32)
 
 
-# ---------------------------------------------------------------- progress
-class Progress:
-    """One line that is written over, on a terminal; nothing elsewhere."""
-
-    def __init__(self):
-        self.stream = sys.stderr
-        self.on = self.stream.isatty()
-
-    def show(self, text):
-        if self.on:
-            self.stream.write(f"\r\033[K{text}")
-            self.stream.flush()
-
-    def keep(self, text):
-        """Leave this line standing."""
-        if self.on:
-            self.stream.write(f"\r\033[K{text}\n")
+def show(text, keep=False):
+    """Writes over the last line of a terminal, and leaves it standing if keep; writes nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="\n" if keep else "", file=sys.stderr, flush=True)
 
 
 class Clock:
-    """Seconds of training: runs from start() to stop(), again and again, and waits for the device before it is read."""
+    """Seconds spent inside `with clock:`, the device's work included."""
 
     def __init__(self, device):
-        self.device, self.seconds = device, 0.0
+        self.seconds, self.device = 0.0, device
 
     def now(self):
-        if self.device.type in ("cuda", "mps"):
+        if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
 
-    def start(self):
+    def __enter__(self):
         self.started = self.now()
 
-    def stop(self):
+    def __exit__(self, *_):
         self.seconds += self.now() - self.started
 
 
@@ -112,31 +99,29 @@ def response_logprob(model, tokens, mask):
     return una.sequence_logprob(model(tokens), tokens, mask)
 
 
-def train_reference(settings, seed, device, progress):
-    """pi_ref: a GPT trained from scratch to give the corpus's responses the most probability. Returned frozen."""
+def descend(optimizer, loss, peak, step, steps):
+    """Optimiser step number `step` of `steps`. The learning rate climbs to its peak in the first 5% and falls to 0, linearly."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1.0, step / (0.05 * steps)) * (1 - (step - 1) / steps)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def train_reference(settings, seed, device):
+    """pi_ref: a GPT trained from scratch to make the corpus's responses likely. Returned frozen."""
     torch.manual_seed(seed)
-    config = GPTConfig(data.ENCODING.n_vocab, data.BLOCK_SIZE, settings.n_layer, settings.n_head, settings.n_embd)
-    model = GPT(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    model = GPT(GPTConfig(data.ENCODING.n_vocab, data.BLOCK_SIZE, settings.n_layer, settings.n_head, settings.n_embd)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     rng = random.Random(seed)
-    for step in range(settings.reference_steps):
-        set_lr(optimizer, 3e-3, step, settings.reference_steps)
+    for step in range(1, settings.reference_steps + 1):
         prompts, responses = data.sentences(256, rng)
         tokens, mask = data.join(data.encode_prompts(prompts), *data.encode_responses(responses))
         loss = -response_logprob(model, tokens.to(device), mask.to(device)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress.show(f"seed {seed} | reference | step {step + 1} of {settings.reference_steps} | loss {loss.item():.3f} nats")
+        descend(optimizer, loss, 3e-3, step, settings.reference_steps)
+        show(f"seed {seed} | reference | step {step} of {settings.reference_steps} | loss {loss.item():.3f} nats a response")
+    model.zero_grad()
     return model.requires_grad_(False)
-
-
-def set_lr(optimizer, peak, step, steps):
-    """Linear warm-up over the first 5% of the steps, then linear decay to 0."""
-    progress = (step + 1) / steps
-    for group in optimizer.param_groups:
-        group["lr"] = peak * min(progress / 0.05, (1 - progress) / 0.95 + 1e-3)
-
 
 
 # ---------------------------------------------------------------- the truth, and the distance to it
@@ -267,57 +252,49 @@ def batches(items, size, generator):
         yield from items[order].split(size)[:max(1, len(items) // size)]
 
 
-def align(method, seed, settings, reference, feedback, world, progress):
-    """Trains a copy of the reference by one method. Returns the policy, its log-probabilities (P, Y) and its entry for results.json."""
-    learning_rate, beta_multiple = METHODS[method]
-    beta = beta_multiple * settings.beta
+def align(method, seed, settings, reference, feedback, world):
+    """Trains a copy of the reference by one method. Returns it, its log-probabilities (P, Y) and its entry for results.json."""
+    learning_rate, multiple = METHODS[method]
+    beta = multiple * settings.beta
     device = world.prompts.device
     policy = copy.deepcopy(reference).requires_grad_(True)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
+    with torch.no_grad():                                                   # once, not at every step
+        ref_logprob = response_logprob(reference, feedback.tokens, feedback.mask)
+        other_ref_logprob = response_logprob(reference, feedback.other_tokens, feedback.other_mask)
     if method in ONLINE:
         generator = torch.Generator(device).manual_seed(seed)
     else:
-        with torch.no_grad():                                               # once, not at every step
-            ref_logprob = response_logprob(reference, feedback.tokens, feedback.mask)
-            other_ref_logprob = response_logprob(reference, feedback.other_tokens, feedback.other_mask)
         items = feedback_items(method, feedback)
-        size = max(1, round(settings.batch * len(items) / len(feedback.tokens)))   # so a batch has as many responses in all methods
+        size = max(1, round(settings.batch * len(items) / len(feedback.tokens)))   # as many responses a step in every method
         stream = batches(items, size, torch.Generator().manual_seed(seed))
     checkpoints = {max(1, settings.steps >> i) for i in range(settings.evaluations)}
     figures = world.evaluate(world.ref_logprobs)
     curve = [dict(step=0, seconds=0.0, objective=figures["objective"], regret=figures["regret"])]
     clock = Clock(device)
-    clock.start()
     for step in range(1, settings.steps + 1):
-        if method in ONLINE:
-            losses = online_losses(method, policy, reference, world.prompts, settings.batch // len(world.prompts), beta, generator)
-        else:
-            losses = offline_losses(method, policy, feedback, ref_logprob, other_ref_logprob, next(stream).to(device), beta)
-        loss = losses.mean()
-        set_lr(optimizer, learning_rate, step, settings.steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with clock:
+            if method in ONLINE:
+                losses = online_losses(method, policy, reference, world.prompts, settings.batch // len(world.prompts), beta, generator)
+            else:
+                losses = offline_losses(method, policy, feedback, ref_logprob, other_ref_logprob, next(stream).to(device), beta)
+            loss = losses.mean()
+            descend(optimizer, loss, learning_rate, step, settings.steps)
         if step == 1:
             start_loss = loss.item()
-        if progress.on:
-            left = (clock.seconds + clock.now() - clock.started) / step * (settings.steps - step)
-            progress.show(f"seed {seed} | {method} | step {step} of {settings.steps} | loss {loss.item():.4f} | {left:.0f} s left")
+        left = clock.seconds / step * (settings.steps - step)
+        show(f"seed {seed} | {method} | step {step} of {settings.steps} | loss {loss.item():.4f} | {left:.0f} s left")
         if step in checkpoints:
-            clock.stop()
             logprobs = world.logprobs(policy)
             figures = world.evaluate(logprobs)
-            point = dict(step=step, seconds=clock.seconds, objective=figures["objective"], regret=figures["regret"])
-            apart = ""
-            if method not in ONLINE:                                        # under DPO both may fall
-                with torch.no_grad():
-                    reward = una.implicit_reward(response_logprob(policy, feedback.tokens, feedback.mask), ref_logprob, beta)
-                point["chosen_reward"], point["rejected_reward"] = reward[feedback.pairs].mean(0).tolist()
-                apart = f" | r_w {point['chosen_reward']:+.2f} r_l {point['rejected_reward']:+.2f}"
-            curve.append(point)
-            progress.keep(f"seed {seed} | {method} | step {step} | loss {loss.item():.4f} (at start {start_loss:.4f}){apart} | "
-                          f"KL {figures['kl']:.3f} | J {figures['objective']:.3f} of {figures['optimum']:.3f} | {clock.seconds:.1f} s")
-            clock.start()
+            with torch.no_grad():                                           # apart, since under DPO both may fall
+                reward = una.implicit_reward(response_logprob(policy, feedback.tokens, feedback.mask), ref_logprob, beta)
+                chosen, rejected = reward[feedback.pairs].mean(0).tolist()
+            curve.append(dict(step=step, seconds=clock.seconds, objective=figures["objective"], regret=figures["regret"],
+                              loss=loss.item(), chosen_reward=chosen, rejected_reward=rejected))
+            show(f"seed {seed} | {method} | step {step} | loss {loss.item():.4f} (at start {start_loss:.4f}) | r_w {chosen:+.2f} "
+                 f"r_l {rejected:+.2f} | KL {figures['kl']:.3f} | J {figures['objective']:.3f} of {figures['optimum']:.3f} | "
+                 f"{clock.seconds:.1f} s", keep=True)
     run = dict(method=method, seed=seed, beta=settings.beta, method_beta=beta, learning_rate=learning_rate, start_loss=start_loss,
                seconds=clock.seconds, state_bytes=state_bytes(policy, optimizer, [reference] if method in ONLINE else []),
                train=figures, curve=curve)
@@ -493,14 +470,13 @@ def main(arguments=None):
     settings = parse(arguments)
     device = torch.device(settings.device)
     methods = settings.methods.split(",")
-    progress = Progress()
     results = dict(settings=asdict(settings),
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                                  tiktoken=tiktoken.__version__, matplotlib=matplotlib.__version__),
                    device=settings.device, landmarks=[], runs=[])
     for seed in range(settings.seed, settings.seed + settings.seeds):
-        reference = train_reference(settings, seed, device, progress)
-        progress.show(f"seed {seed} | exact optimum")
+        reference = train_reference(settings, seed, device)
+        show(f"seed {seed} | the exact optimum")
         worlds = {"train": World(reference, data.TRAIN_PROMPTS, settings.beta, device),
                   "heldout": World(reference, data.HELDOUT_PROMPTS, settings.beta, device)}
         best = {split: una.optimal_policy(world.ref_logprobs, world.rewards, settings.beta)[0] for split, world in worlds.items()}
@@ -511,7 +487,7 @@ def main(arguments=None):
         policies = {"reference": reference}
         panels = {"reference": reward_panel(worlds["train"], worlds["train"].ref_logprobs)}
         for method in methods:
-            policy, logprobs, run = align(method, seed, settings, reference, feedback, worlds["train"], progress)
+            policy, logprobs, run = align(method, seed, settings, reference, feedback, worlds["train"])
             run["heldout"] = worlds["heldout"].evaluate(worlds["heldout"].logprobs(policy))
             results["runs"].append(run)
             policies[method] = policy
@@ -521,7 +497,7 @@ def main(arguments=None):
             save(os.path.join(settings.out, f"{name}-{seed}.pt"), lambda partial: torch.save(state, partial))
         if seed == settings.seed:
             shown = worlds["train"], policies, panels
-    progress.show("")
+    show("")
     world, policies, panels = shown
     print(table(results, "train"), table(results, "heldout"), sep="\n\n")
     examples = [data.TRAIN_PROMPTS[0], data.HELDOUT_PROMPTS[0]]

@@ -1,0 +1,531 @@
+"""Every method is one line: L = g(squash(r_theta), target), with an offset f(x) + c inside of r_theta = beta rho + f(x) + c.
+
+test_map_<method>_... writes a method's loss as its own paper has it and finds it again in una.py, value and gradient; the
+nearest wrong versions must fail the same comparison. The other tests here are about what all losses have in common, and about
+KTO. Log-probabilities are those of B responses (or pairs), drawn at random; beta is never 1, so that a missing beta is seen.
+"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import goldens
+from una import (dpo_loss, implicit_reward, implicit_score, kto_loss, optimal_policy, reward_model_loss, rlhf_objective,
+                 sequence_logprob, una_binary_loss, una_pair_loss, una_reward_loss, una_score_loss)
+
+
+def close(a, b, tol=1e-10):
+    """Is tensor a equal to b, a tensor of the same shape, a list of numbers, or one number for all elements?"""
+    b = b if torch.is_tensor(b) else torch.tensor(b, dtype=a.dtype).expand_as(a)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tol, atol=tol)
+
+
+def normals(seed):
+    """A source of standard normal float64 numbers: normals(seed)(2, 3) is a 2 x 3 tensor of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def gradient(loss, theta):
+    theta = theta.detach().requires_grad_()
+    return torch.autograd.grad(loss(theta).sum(), theta)[0]
+
+
+def same(loss, other, theta):
+    """Have the two losses the same value, one for each example, and the same gradient at theta?"""
+    return close(loss(theta), other(theta)) and close(gradient(loss, theta), gradient(other, theta))
+
+
+def root(f, low, high):
+    """Where the increasing functions f, one for each element of the tensors low < high, cross zero, by bisection."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = torch.where(f(middle) < 0, middle, low), torch.where(f(middle) < 0, high, middle)
+    return (low + high) / 2
+
+
+def thumbs(B):
+    """Labels 1, 0, 1, 0, ..."""
+    return 1 - torch.arange(B) % 2
+
+
+# ---------------------------------------------------------------- an independent implementation
+
+def golden(*names):
+    return [torch.tensor(getattr(goldens, name), dtype=torch.float64) for name in names]
+
+
+CHOSEN, REF_CHOSEN, REJECTED, REF_REJECTED = golden("POLICY_CHOSEN", "REF_CHOSEN", "POLICY_REJECTED", "REF_REJECTED")
+POLICY_KL, REF_KL = golden("POLICY_KL", "REF_KL")
+BOTH, REF_BOTH = torch.cat([CHOSEN, REJECTED]), torch.cat([REF_CHOSEN, REF_REJECTED])
+LABELS = torch.tensor([1] * 6 + [0] * 6)
+
+
+@pytest.mark.parametrize("beta", goldens.DPO)
+def test_golden_dpo(beta):
+    assert close(dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta), goldens.DPO[beta])
+    pair = una_pair_loss(implicit_reward(CHOSEN, REF_CHOSEN, beta), implicit_reward(REJECTED, REF_REJECTED, beta))
+    assert close(pair, goldens.DPO[beta])
+
+
+@pytest.mark.parametrize("beta", goldens.IPO)
+def test_golden_ipo(beta):
+    margin = implicit_reward(CHOSEN, REF_CHOSEN, beta) - implicit_reward(REJECTED, REF_REJECTED, beta)
+    assert close(una_reward_loss(margin, 0.5) / beta**2, goldens.IPO[beta])
+
+
+@pytest.mark.parametrize("beta", goldens.SPPO_HARD)
+def test_golden_sppo(beta):
+    winners = una_reward_loss(implicit_reward(CHOSEN, REF_CHOSEN, beta), 0.5)
+    losers = una_reward_loss(implicit_reward(REJECTED, REF_REJECTED, beta), -0.5)
+    assert close((winners + losers) / beta**2, goldens.SPPO_HARD[beta])
+
+
+@pytest.mark.parametrize("beta", goldens.BCO)
+def test_golden_bco(beta):
+    reward = implicit_reward(BOTH, REF_BOTH, beta, offset=-goldens.BCO_DELTA)
+    assert close(una_binary_loss(reward, LABELS, "bce"), sum(goldens.BCO[beta], []))
+
+
+@pytest.mark.parametrize("beta, desirable_weight, undesirable_weight", goldens.KTO)
+def test_golden_kto(beta, desirable_weight, undesirable_weight):
+    expected = sum(goldens.KTO[beta, desirable_weight, undesirable_weight], [])
+    loss = kto_loss(BOTH, REF_BOTH, LABELS, POLICY_KL, REF_KL, beta, desirable_weight, undesirable_weight)
+    assert close(loss, expected)
+    z0 = (POLICY_KL - REF_KL).mean()
+    weights = torch.where(LABELS == 1, desirable_weight, undesirable_weight)
+    assert close(weights * una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta, -beta * z0), LABELS, "mae"), expected)
+
+
+@pytest.mark.parametrize("beta", goldens.KTO_CLAMPED)
+def test_golden_kto_clamped(beta):
+    # The estimate of the KL is negative here. A KL never is, so the reference point is 0.
+    expected = sum(goldens.KTO_CLAMPED[beta], [])
+    assert (REF_KL - POLICY_KL).mean() < 0
+    assert close(kto_loss(BOTH, REF_BOTH, LABELS, REF_KL, POLICY_KL, beta), expected)
+    assert close(una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta), LABELS, "mae"), expected)
+
+
+# ---------------------------------------------------------------- the map
+
+@pytest.mark.parametrize("beta", [0.03, 0.1, 0.7])
+def test_map_dpo_is_the_pair_loss(beta):
+    # Rafailov et al. 2023: -log sigma(beta [log pi(w)/pi_ref(w) - log pi(l)/pi_ref(l)]). As log sigma(m) = -log(1 + e^-m):
+    policy, ref = normals(1)(2, 20), normals(2)(2, 20)
+    paper = lambda p: torch.log(1 + torch.exp(-beta * ((p[0] - p[1]) - (ref[0] - ref[1]))))
+    una = lambda p, beta=beta: una_pair_loss(*implicit_reward(p, ref, beta, offset=0.8))
+    assert same(una, paper, policy) and same(lambda p: dpo_loss(p[0], p[1], ref[0], ref[1], beta), paper, policy)
+    assert not same(lambda p: una(p, beta=1.0), paper, policy)                              # missing beta
+    assert not same(lambda p: una(p.flip(0)), paper, policy)                                # swapped pair
+    assert not same(lambda p: una_pair_loss(*implicit_reward(p, ref.flip(0), beta)), paper, policy)   # swapped reference
+    assert not same(lambda p: una_pair_loss(*implicit_reward(p, p.detach(), beta)), paper, policy)    # the policy as its own
+
+
+def pair_of_sequences():
+    """Logits of policy and reference, tokens, response mask; row 0 is chosen, row 1 rejected. Lengths differ."""
+    normal, positions = normals(3), torch.arange(9)
+    mask = torch.stack([(positions >= 2) & (positions < 8), (positions >= 4) & (positions < 7)])
+    return normal(2, 9, 5), normal(2, 9, 5), normal(2, 9, 5).argmax(-1), mask
+
+
+def dpo_from_logits(z):
+    """DPO from logits to loss in plain words, token by token, beta = 0.3."""
+    _, ref, tokens, mask = pair_of_sequences()
+    ratio = [sum((z[i, t - 1].softmax(-1)[tokens[i, t]] / ref[i, t - 1].softmax(-1)[tokens[i, t]]).log()
+                 for t in range(9) if mask[i, t]) for i in (0, 1)]
+    return torch.log(1 + torch.exp(-0.3 * (ratio[0] - ratio[1])))[None]
+
+
+def una_from_logits(z, mistake=None):
+    """The same with una.py, with one mistake if asked for."""
+    _, ref, tokens, mask = pair_of_sequences()
+    if mistake == "unshifted labels":
+        tokens, mask = tokens.roll(1, -1), mask.roll(1, -1)
+    if mistake == "padding counted":
+        mask = mask | (torch.arange(9) >= 4)
+    if mistake == "prompt counted":
+        mask = mask | (torch.arange(9) == 1)
+    policy, ref = sequence_logprob(z, tokens, mask), sequence_logprob(ref, tokens, mask)
+    if mistake == "mean for sum":
+        policy, ref = policy / mask.sum(-1), ref / mask.sum(-1)
+    if mistake == "reference is the policy":
+        ref = policy
+    if mistake == "no reference":
+        ref = torch.zeros_like(ref)
+    reward = implicit_reward(policy, ref, 1.0 if mistake == "missing beta" else 0.3)
+    if mistake == "swapped pair":
+        reward = reward.flip(0)
+    if mistake == "no log sigma":
+        return (reward[1] - reward[0])[None]
+    return una_pair_loss(reward[:1], reward[1:])
+
+
+def test_map_dpo_from_logits_to_loss():
+    # The same gradient at every logit is the same gradient at every parameter of whatever model made the logits.
+    assert same(una_from_logits, dpo_from_logits, pair_of_sequences()[0])
+
+
+@pytest.mark.parametrize("mistake", ["unshifted labels", "padding counted", "prompt counted", "mean for sum", "swapped pair",
+                                     "reference is the policy", "no reference", "missing beta", "no log sigma"])
+def test_map_dpo_from_logits_to_loss_sees_each_mistake(mistake):
+    assert not same(lambda z: una_from_logits(z, mistake), dpo_from_logits, pair_of_sequences()[0])
+
+
+def kto_paper(p, ref, label, z0, beta):
+    """Ethayarajh et al. 2024, lambda_y - v with lambda = 1, in plain words: a gain or a loss against the reference point z_0."""
+    gain = beta * (p - ref - z0)
+    return 1 - torch.stack([1 / (1 + (-g).exp()) if up else 1 / (1 + g.exp()) for g, up in zip(gain, label)])
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_map_kto_is_the_binary_loss_with_absolute_error_and_offset_minus_beta_z0(beta):
+    # 1 - sigma(t) for a thumb up, 1 - sigma(-t) = sigma(t) for a thumb down: |label - sigma(t)| with t = beta rho - beta z_0.
+    policy, ref, label = normals(4)(11), normals(5)(11), thumbs(11)
+    policy_kl, ref_kl = normals(6)(7) + 1, normals(7)(7) - 1
+    z0 = sum((policy_kl - ref_kl).tolist()) / 7
+    paper = lambda p: kto_paper(p, ref, label, z0, beta)
+    una = lambda p, beta=beta, g="mae", offset=-beta * z0: una_binary_loss(implicit_reward(p, ref, beta, offset), label, g)
+    assert z0 > 0 and same(una, paper, policy)
+    assert same(lambda p: kto_loss(p, ref, label, policy_kl, ref_kl, beta), paper, policy)
+    for g in ("mse", "bce"):
+        assert not same(lambda p: una(p, g=g), paper, policy)
+    assert not same(lambda p: una(p, offset=-z0), paper, policy)                            # offset without beta
+    assert not same(lambda p: una(p, offset=beta * z0), paper, policy)                      # its sign
+    assert not same(lambda p: una(p, offset=0.0), paper, policy)                            # no offset
+    assert not same(lambda p: una(p, beta=1.0), paper, policy)                              # missing beta
+    assert not same(lambda p: una_binary_loss(implicit_reward(p, ref, beta, -beta * z0), 1 - label, "mae"), paper, policy)
+
+
+def test_map_kto_weights_multiply():
+    # lambda_y - lambda_y sigma(...) = lambda_y (1 - sigma(...)).
+    policy, ref, label, kl = normals(8)(11), normals(9)(11), thumbs(11), normals(10)(2, 4)
+    weighted = lambda p: kto_loss(p, ref, label, kl[0], kl[1], 0.3, 2.0, 0.7)
+    plain = lambda p: torch.where(label == 1, 2.0, 0.7) * kto_loss(p, ref, label, kl[0], kl[1], 0.3)
+    assert same(weighted, plain, policy)
+    assert not same(weighted, lambda p: kto_loss(p, ref, label, kl[0], kl[1], 0.3, 0.7, 2.0), policy)
+
+
+def test_map_bco_is_the_binary_loss_with_cross_entropy_and_offset_minus_delta():
+    # Jung et al. 2024: -log sigma(r - delta) if up, -log sigma(-(r - delta)) if down, r = beta rho.
+    policy, ref, label, delta = normals(11)(11), normals(12)(11), thumbs(11), 0.6
+    shifted = lambda p: 0.3 * (p - ref) - delta
+    paper = lambda p: torch.where(label == 1, torch.log(1 + (-shifted(p)).exp()), torch.log(1 + shifted(p).exp()))
+    una = lambda p, offset=-delta, g="bce": una_binary_loss(implicit_reward(p, ref, 0.3, offset), label, g)
+    assert same(una, paper, policy)
+    assert not same(lambda p: una(p, offset=delta), paper, policy)
+    assert not same(lambda p: una(p, offset=-0.3 * delta), paper, policy)                   # delta is a reward: no beta
+    assert not same(lambda p: una(p, g="mse"), paper, policy)
+
+
+def test_map_ipo_is_the_reward_loss_of_the_margin_against_one_half():
+    # Azar et al. 2023: (h - 1/(2 tau))^2 with h = rho_w - rho_l. Times tau^2: (tau h - 1/2)^2.
+    policy, ref, tau = normals(13)(2, 20), normals(14)(2, 20), 0.3
+    paper = lambda p: ((p[0] - p[1]) - (ref[0] - ref[1]) - 1 / (2 * tau)) ** 2
+
+    def una(p, target=0.5, beta=tau):
+        reward = implicit_reward(p, ref, beta, offset=0.8)
+        return una_reward_loss(reward[0] - reward[1], target) / tau**2
+
+    assert same(una, paper, policy)
+    assert not same(lambda p: una(p, target=1.0), paper, policy)
+    assert not same(lambda p: una(p, beta=1.0), paper, policy)
+    assert not same(lambda p: una(p.flip(0)), paper, policy)
+
+
+def test_map_rebel_is_the_reward_loss_of_differences():
+    # Gao et al. 2024: ((1/eta) (rho - rho') - (r - r'))^2, so beta = 1/eta. No label, and no preference: r itself.
+    policy, ref, rewards, eta = normals(15)(2, 20), normals(16)(2, 20), normals(17)(2, 20), 2.5
+    paper = lambda p: (((p[0] - ref[0]) - (p[1] - ref[1])) / eta - (rewards[0] - rewards[1])) ** 2
+
+    def una(p, beta=1 / eta, rewards=rewards):
+        reward = implicit_reward(p, ref, beta, offset=0.8)
+        return una_reward_loss(reward[0] - reward[1], rewards[0] - rewards[1])
+
+    assert same(una, paper, policy)
+    assert not same(lambda p: una(p, beta=eta), paper, policy)                              # eta for 1/eta
+    assert not same(lambda p: una(p, rewards=rewards.flip(0)), paper, policy)
+
+
+def test_map_sppo_is_the_reward_loss_against_plus_and_minus_one_half():
+    # Wu et al. 2024: (rho - eta (P - 1/2))^2, where P is 1 for the winner and 0 for the loser, and eta = 1/beta.
+    policy, ref, eta = normals(18)(2, 20), normals(19)(2, 20), 2.5
+    paper = lambda p: (p[0] - ref[0] - eta * (1 - 0.5)) ** 2 + (p[1] - ref[1] - eta * (0 - 0.5)) ** 2
+
+    def una(p, offset=0.0, up=0.5, beta=1 / eta):
+        winner, loser = implicit_reward(p, ref, beta, offset)
+        return (una_reward_loss(winner, up) + una_reward_loss(loser, -up)) * eta**2
+
+    assert same(una, paper, policy)
+    assert not same(lambda p: una(p, offset=0.1), paper, policy)                            # here the offset does not cancel
+    assert not same(lambda p: una(p, up=-0.5), paper, policy)
+    assert not same(lambda p: una(p, beta=eta), paper, policy)
+
+
+def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
+    # Matrenok et al. 2025: (R_q - beta log Z_q - beta rho)^2, R_q the quantile of the reward among samples of pi_ref. Quantiles
+    # are uniform on [0, 1] whatever the reward, so Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
+    policy, ref, beta = normals(20)(20), normals(21)(20), 0.3
+    quantile = torch.sigmoid(normals(22)(20))
+    log_Z = math.log(beta * (math.exp(1 / beta) - 1))
+    paper = lambda p: (quantile - beta * log_Z - beta * (p - ref)) ** 2
+    una = lambda p, offset=beta * log_Z: una_reward_loss(implicit_reward(p, ref, beta, offset), quantile)
+    assert same(una, paper, policy)
+    assert not same(lambda p: una(p, offset=log_Z), paper, policy)                          # missing beta
+    assert not same(lambda p: una(p, offset=0.0), paper, policy)
+
+
+def test_map_qrpo_offset_is_the_beta_log_Z_of_eq19():
+    # Ten thousand equally likely responses; the k-th best has the quantile (k - 1/2) / 10^4. Midpoint rule, error ~ 1e-9.
+    beta, Y = 0.3, 10_000
+    quantiles, ref = (torch.arange(Y).double() + 0.5) / Y, torch.full((Y,), -math.log(Y), dtype=torch.float64)
+    best, value = optimal_policy(ref, quantiles, beta)
+    offset = beta * math.log(beta * (math.exp(1 / beta) - 1))
+    assert close(value, offset, tol=1e-8) and not close(value, offset / beta, tol=1e-8)
+    assert una_reward_loss(implicit_reward(best, ref, beta, offset), quantiles).max() < 1e-15
+
+
+def policy_gradient(theta, ref, rewards, beta, y, baseline):
+    """REINFORCE for J on the samples y, one of each prompt: (r - beta rho - baseline) grad log pi, with grad by hand: 1_y - pi."""
+    p = theta.log_softmax(-1)
+    rows = torch.arange(len(y))
+    advantage = rewards[rows, y] - beta * (p[rows, y] - ref[rows, y]) - baseline
+    return advantage[:, None] * (F.one_hot(y, theta.shape[-1]) - p.exp())
+
+
+def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
+    # grad (r_phi - r_theta)^2 = -2 beta (r_phi - beta rho - b) grad log pi: REINFORCE with the offset for its baseline.
+    theta, ref, rewards = normals(23)(20, 6), normals(24)(20, 6).log_softmax(-1), normals(25)(20, 6)
+    y, rows, offset = normals(26)(20, 6).argmax(-1), torch.arange(20), normals(27)(20)
+
+    def una(t):
+        reward = implicit_reward(t.log_softmax(-1)[rows, y], ref[rows, y], 0.3, offset)
+        return una_reward_loss(reward, rewards[rows, y])
+
+    advantage = rewards[rows, y] - 0.3 * (theta.log_softmax(-1) - ref)[rows, y] - offset
+    assert close(una(theta), advantage**2)
+    assert close(gradient(una, theta), -2 * 0.3 * policy_gradient(theta, ref, rewards, 0.3, y, offset))
+    assert not close(gradient(una, theta), -2 * policy_gradient(theta, ref, rewards, 0.3, y, offset))      # missing beta
+    assert not close(gradient(una, theta), -2 * 0.3 * policy_gradient(theta, ref, rewards, 0.3, y, 0.0))   # same mean only
+
+
+def test_map_rlhf_policy_gradient_averages_to_the_gradient_of_the_objective():
+    # E_{y~pi} over all six responses: the baseline is gone, and what is left is grad J.
+    theta, ref, rewards = normals(28)(4, 6), normals(29)(4, 6).log_softmax(-1), normals(30)(4, 6)
+    grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, 0.3), theta)
+    pi = theta.softmax(-1)
+    for baseline in (0.0, 2.5):
+        mean = sum(pi[:, y:y + 1] * policy_gradient(theta, ref, rewards, 0.3, torch.full((4,), y), baseline) for y in range(6))
+        assert close(mean, grad_J)
+    uniform = sum(policy_gradient(theta, ref, rewards, 0.3, torch.full((4,), y), 0.0) / 6 for y in range(6))
+    assert not close(uniform, grad_J)                                                       # samples of another policy
+
+
+# ---------------------------------------------------------------- more exact relations
+
+def test_relation_cross_entropy_of_a_pair_with_its_best_offset_is_twice_dpo_at_half_beta():
+    # -log sigma(a + b) - log sigma(-(l + b)) is smallest where a + b = -(l + b), at b = -(a + l)/2: 2 x -log sigma((a - l)/2).
+    # The gradient is that of the loss with the best b held fixed, since the slope in b is zero there.
+    policy, ref, beta = normals(31)(2, 20), normals(32)(2, 20), 0.3
+
+    def pair(p, offset):
+        winner, loser = implicit_reward(p, ref, beta, offset)
+        return una_binary_loss(winner, torch.ones(20), "bce") + una_binary_loss(loser, torch.zeros(20), "bce")
+
+    best = root(lambda b: gradient(lambda b: pair(policy, b), b), torch.full((20,), -9.0).double(), torch.full((20,), 9.0).double())
+    dpo = lambda p, beta=beta / 2, times=2: times * dpo_loss(p[0], p[1], ref[0], ref[1], beta)
+    assert same(lambda p: pair(p, best), dpo, policy)
+    assert not same(lambda p: pair(p, best), lambda p: dpo(p, beta=beta), policy)
+    assert not same(lambda p: pair(p, best), lambda p: dpo(p, times=1), policy)
+    assert not same(lambda p: pair(p, 0.0), dpo, policy)
+
+
+def test_relation_reward_loss_of_a_pair_with_its_best_offset_is_half_of_rebel():
+    # (e_w - b)^2 + (e_l - b)^2 is smallest at the mean of the errors e, where it is (e_w - e_l)^2 / 2.
+    policy, ref, rewards, beta = normals(33)(2, 20), normals(34)(2, 20), normals(35)(2, 20), 0.3
+    pair = lambda p, offset: una_reward_loss(implicit_reward(p, ref, beta, offset), rewards).sum(0)
+    best = root(lambda b: gradient(lambda b: pair(policy, b), b), torch.full((20,), -9.0).double(), torch.full((20,), 9.0).double())
+    half_rebel = lambda p: 0.5 * (beta * (p[0] - ref[0]) - beta * (p[1] - ref[1]) - (rewards[0] - rewards[1])) ** 2
+    assert same(lambda p: pair(p, best), half_rebel, policy)
+    assert not same(lambda p: pair(p, best), lambda p: 2 * half_rebel(p), policy)
+    assert not same(lambda p: pair(p, 0.0), half_rebel, policy)
+
+
+def test_relation_cross_entropy_of_a_pair_exceeds_dpo():
+    # sigma(w) sigma(-l) < sigma(w - l), since (1 + e^-w)(1 + e^l) = 1 + e^-w + e^l + e^(l-w) > 1 + e^(l-w).
+    w, l = 3 * normals(36)(2, 1000)
+    bce = una_binary_loss(w, torch.ones(1000), "bce") + una_binary_loss(l, torch.zeros(1000), "bce")
+    assert (bce > una_pair_loss(w, l)).all()
+    assert close((bce.exp() - una_pair_loss(w, l).exp()), (-w).exp() + l.exp())
+
+
+def test_relation_cross_entropy_has_the_minimiser_of_the_squared_error():
+    # Both are smallest at r = log s/(1 - s) for a soft target too: nothing forces one to leave BCE out for scores, as section
+    # 2.3.3 does. At its minimum BCE is not 0 but the entropy of the score.
+    given = torch.sigmoid(normals(37)(20))
+    at = torch.log(given / (1 - given))
+    for g in ("mse", "bce"):
+        assert close(gradient(lambda r: una_score_loss(r, given, g), at), 0.0)
+        for step in (-0.1, 0.1):
+            assert (una_score_loss(at + step, given, g) > una_score_loss(at, given, g)).all()
+    assert close(una_score_loss(at, given, "bce"), -given * given.log() - (1 - given) * (1 - given).log())
+
+
+def test_relation_absolute_error_is_not_proper():
+    # A thumb is up with probability 0.7. Squared error and cross-entropy are smallest at s = 0.7; KTO's absolute error
+    # 0.7 (1 - s) + 0.3 s falls all the way to s = 1: it reports not the probability but the majority.
+    s = torch.arange(1, 100).double() / 100
+    expected = lambda g: 0.7 * una_binary_loss(s.logit(), torch.ones(99), g) + 0.3 * una_binary_loss(s.logit(), torch.zeros(99), g)
+    assert [s[expected(g).argmin()].item() for g in ("mse", "bce", "mae")] == [0.70, 0.70, 0.99]
+
+
+def test_relation_slopes_at_the_start_and_at_a_confident_mistake():
+    # |dL/dr| for a thumb up at r = 0 and at r = -10. Only DPO and BCE can still repair the confident mistake.
+    r, up = torch.tensor([0.0, -10.0]).double(), torch.ones(2)
+    s, zero = torch.sigmoid(r), torch.zeros(2, dtype=torch.float64)
+    slope = lambda loss: gradient(loss, r).abs()
+    assert close(slope(lambda r: una_pair_loss(r, zero)), [0.5, 0.99995460], tol=1e-8)
+    assert close(slope(lambda r: una_binary_loss(r, up, "bce")), [0.5, 0.99995460], tol=1e-8)
+    assert close(slope(lambda r: una_binary_loss(r, up, "mse")), [0.25, 9.0787e-5], tol=1e-8)
+    assert close(slope(lambda r: kto_loss(r, zero, up, zero, zero, 1.0)), [0.25, 4.5396e-5], tol=1e-8)
+    assert close(slope(lambda r: una_binary_loss(r, up, "mae")), s * (1 - s))
+
+
+def test_printed_kto_reference_point_is_a_KL_and_not_beta_log_Z():
+    # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 when the policy is the reference, where Z (a function of pi_ref and r alone)
+    # is anything; and at the optimum beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
+    ref, rewards, beta = normals(38)(6).log_softmax(-1), normals(39)(6), 0.4
+    best, value = optimal_policy(ref, rewards, beta)
+    KL = (best.exp() * (best - ref)).sum()
+    assert close(beta * KL, (best.exp() * rewards).sum() - value) and (beta * KL - value).abs() > 0.1
+    policy, up = normals(40)(6), torch.ones(6)
+    with_log_Z = una_binary_loss(implicit_reward(policy, ref, beta, -value), up, "mae")
+    assert not close(kto_loss(policy, ref, up, ref, ref, beta), with_log_Z)
+
+
+# ---------------------------------------------------------------- what all losses have in common
+
+# Each as a function of B rewards (or, for KTO and DPO, of B log-probabilities), with everything else fixed for each row.
+def losses(B):
+    other, score, label = normals(50)(B), torch.sigmoid(normals(51)(B)), thumbs(B)
+    kl = normals(52)(2, 5) + torch.tensor([[1.0], [-1.0]])
+    return {
+        "reward model": lambda r, i=slice(None): reward_model_loss(r, other[i]),
+        "pair": lambda r, i=slice(None): una_pair_loss(r, other[i]),
+        "reward": lambda r, i=slice(None): una_reward_loss(r, other[i]),
+        "score mse": lambda r, i=slice(None): una_score_loss(r, score[i], "mse"),
+        "score mae": lambda r, i=slice(None): una_score_loss(r, score[i], "mae"),
+        "score bce": lambda r, i=slice(None): una_score_loss(r, score[i], "bce"),
+        "binary mse": lambda r, i=slice(None): una_binary_loss(r, label[i], "mse"),
+        "binary mae": lambda r, i=slice(None): una_binary_loss(r, label[i], "mae"),
+        "binary bce": lambda r, i=slice(None): una_binary_loss(r, label[i], "bce"),
+        "dpo": lambda r, i=slice(None): dpo_loss(r, 0 * r, other[i], score[i], 0.3),
+        "kto": lambda r, i=slice(None): kto_loss(r, other[i], label[i], kl[0], kl[1], 0.3, 1.2, 0.8),
+    }
+
+
+@pytest.mark.parametrize("name", losses(1))
+def test_loss_of_a_batch_is_that_of_its_rows(name):
+    # One value for each example, from that example alone: so a batch may be split, shuffled, or mixed with other feedback.
+    loss, reward, order = losses(7)[name], 2 * normals(53)(7), torch.tensor([3, 0, 6, 5, 1, 4, 2])
+    whole = loss(reward)
+    assert whole.shape == (7,) and whole.dtype == torch.float64
+    assert close(torch.cat([loss(reward[i:i + 1], slice(i, i + 1)) for i in range(7)]), whole)
+    assert close(loss(reward[order], order), whole[order]) and not close(whole[order], whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", losses(1))
+def test_loss_and_gradient_are_finite_at_extreme_rewards(name, dtype):
+    # log(sigmoid(-1000)) would be -inf, and its gradient nan. All four combinations of sign and label.
+    extreme = torch.tensor([1000.0, 1000.0, -1000.0, -1000.0, 0.0, 0.0], dtype=dtype)
+    loss = losses(6)[name]
+    assert loss(extreme).isfinite().all() and (loss(extreme) >= 0).all()
+    assert gradient(loss, extreme).isfinite().all()
+
+
+def test_loss_of_an_extreme_reward_is_its_size_where_it_is_a_log_loss():
+    # -log sigma(-1000) = 1000 up to e^-1000.
+    r, zero, label = torch.tensor([1000.0, -1000.0]).double(), torch.zeros(2).double(), torch.tensor([0, 1])
+    assert close(una_binary_loss(r, label, "bce"), 1000.0) and close(una_pair_loss(-r.abs(), zero), 1000.0)
+    assert close(reward_model_loss(-r.abs(), zero), 1000.0) and close(dpo_loss(-r.abs(), zero, zero, zero, 1.0), 1000.0)
+    assert close(gradient(lambda r: una_binary_loss(r, label, "bce"), r), [1.0, -1.0])
+    log_sigmoid = lambda r: -torch.log(torch.sigmoid(r))                                    # what one would write first
+    assert log_sigmoid(r).isinf().any() and gradient(log_sigmoid, r).isnan().any()
+
+
+def test_losses_at_the_first_step():
+    # pi = pi_ref: rho = 0 exactly, so every reward is 0 and every score 1/2, whatever the labels.
+    logprob, label = normals(54)(8) - 20, thumbs(8)
+    reward = implicit_reward(logprob, logprob.clone(), 0.1)
+    assert (reward == 0).all() and close(implicit_score(reward), 0.5)
+    assert close(dpo_loss(logprob, logprob - 3, logprob, logprob - 3, 0.1), math.log(2))
+    assert close(una_pair_loss(reward, reward), math.log(2)) and close(una_binary_loss(reward, label, "bce"), math.log(2))
+    assert close(una_binary_loss(reward, label, "mse"), 0.25) and close(una_binary_loss(reward, label, "mae"), 0.5)
+    assert close(kto_loss(logprob, logprob, label, logprob, logprob, 0.1), 0.5)
+    assert close(una_score_loss(reward, torch.full((8,), 0.8).double()), 0.09)
+
+
+BINARY = {
+    "una": lambda r, label: una_binary_loss(r, label, "mae"),
+    "kto": lambda r, label: kto_loss(r, 0 * r, label, r, 0 * r, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_labels_may_be_bool_int_or_float(name):
+    reward, label = normals(55)(5), torch.tensor([1, 0, 0, 1, 0])
+    for dtype in (torch.bool, torch.int32, torch.float32, torch.float64):
+        assert BINARY[name](reward, label.to(dtype)).equal(BINARY[name](reward, label))
+    for g in ("mse", "bce", "mae"):
+        assert una_binary_loss(reward, label.bool(), g).equal(una_binary_loss(reward, label.double(), g))
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.3, 2.0, float("nan")])
+@pytest.mark.parametrize("name", BINARY)
+def test_labels_other_than_zero_and_one_are_rejected(name, bad):
+    with pytest.raises(ValueError, match=f"0 or 1, got {bad}"):
+        BINARY[name](normals(56)(4), torch.tensor([1.0, 0.0, bad, 1.0]))
+
+
+def test_int_labels_other_than_zero_and_one_are_rejected():
+    for binary in BINARY.values():
+        with pytest.raises(ValueError, match="got -1"):
+            binary(normals(57)(3), torch.tensor([1, -1, 0]))
+
+
+# ---------------------------------------------------------------- KTO's reference point
+
+@pytest.mark.parametrize("label", [[1], [0], [1, 1, 1], [0, 0, 0], [1, 0, 0, 1, 0]])
+@pytest.mark.parametrize("K", [1, 4])
+def test_kto_takes_any_batch_and_any_number_of_mismatched_pairs(label, K):
+    B, label = len(label), torch.tensor(label)
+    policy, ref, kl = normals(58)(B), normals(59)(B), normals(60)(2, K) + torch.tensor([[1.0], [-1.0]])
+    z0 = sum((kl[0] - kl[1]).tolist()) / K
+    assert z0 > 0 and close(kto_loss(policy, ref, label, kl[0], kl[1], 0.3), kto_paper(policy, ref, label, z0, 0.3))
+
+
+def test_kto_needs_a_mismatched_pair():
+    # The mean of nothing is nan.
+    with pytest.raises(ValueError, match="at least one"):
+        kto_loss(torch.zeros(3), torch.zeros(3), torch.ones(3), torch.zeros(0), torch.zeros(0), 0.1)
+
+
+def test_kto_reference_point_is_an_average_clamped_at_zero():
+    policy, ref, label = normals(61)(5), normals(62)(5), thumbs(5)
+    at = lambda *kl: kto_loss(policy, ref, label, torch.tensor(kl).double(), torch.zeros(len(kl)).double(), 0.3)
+    assert close(at(2.0, -1.0, 5.0), kto_paper(policy, ref, label, 2.0, 0.3))               # mean, then clamp
+    assert close(at(-2.0, 1.0), kto_paper(policy, ref, label, 0.0, 0.3))
+    assert not close(at(-2.0, 1.0), kto_paper(policy, ref, label, 0.5, 0.3))                # clamp, then mean
+    assert not close(at(-2.0, 1.0), kto_paper(policy, ref, label, -0.5, 0.3))               # no clamp
+
+
+def test_kto_no_gradient_flows_through_the_reference_point():
+    # z_0 is held constant: with the very same log-probabilities in both places, the gradient is that with z_0 as a number.
+    logprob, ref, label = normals(63)(5) + 1, normals(64)(5) - 1, thumbs(5)
+    z0 = (logprob - ref).mean()
+    constant = gradient(lambda p: kto_paper(p, ref, label, z0, 0.3), logprob)
+    assert close(gradient(lambda p: kto_loss(p, ref, label, p, ref, 0.3), logprob), constant)
+    assert not close(gradient(lambda p: kto_paper(p, ref, label, (p - ref).mean(), 0.3), logprob), constant)
+    kl = logprob.clone().requires_grad_()
+    assert not kto_loss(logprob, ref, label, kl, ref, 0.3).requires_grad
