@@ -20,7 +20,7 @@ ADJECTIVES = {
     "quick": (0.3, 0.6), "loud": (-0.3, 0.7), "furious": (-0.7, 0.9), "dancing": (0.9, 1.0),
 }
 PROMPTS = [f"{mood} {noun} :" for mood in MOODS for noun in NOUNS]
-HELDOUT_PROMPTS = ["happy sea :", "sad wind :", "calm fire :", "wild night :"]   # no feedback, ever; each mood and noun once
+HELDOUT_PROMPTS = ["happy sea :", "sad wind :", "calm fire :", "wild night :"]   # never any feedback; each mood, noun once
 TRAIN_PROMPTS = [prompt for prompt in PROMPTS if prompt not in HELDOUT_PROMPTS]
 PROMPT_TOKENS = 3
 MAX_TOKENS = 4                     # of a response, its end-of-text included
@@ -29,8 +29,9 @@ BLOCK_SIZE = PROMPT_TOKENS + MAX_TOKENS
 # A token is a word with the space before it, so text encodes the same in one piece or two: encode(prompt + response) is
 # encode(prompt) + encode(response). Only the first word of a prompt has no space.
 WORDS = [*MOODS, *(f" {word}" for word in [*NOUNS, ":", *ADJECTIVES])]
-ENCODING = tiktoken.Encoding("una-toy", pat_str=r" ?\S+", mergeable_ranks={word.encode(): i for i, word in enumerate(WORDS)},
-                             special_tokens={"<|endoftext|>": len(WORDS)}, explicit_n_vocab=len(WORDS) + 1)
+ENCODING = tiktoken.Encoding("una-toy", pat_str=r" ?\S+", explicit_n_vocab=len(WORDS) + 1,
+                             mergeable_ranks={word.encode(): i for i, word in enumerate(WORDS)},
+                             special_tokens={"<|endoftext|>": len(WORDS)})
 EOT = ENCODING.eot_token
 
 
@@ -40,7 +41,7 @@ def encode_prompts(prompts):
 
 
 def encode_responses(responses):
-    """Responses (a list of B strings, each word with its space) -> tokens (B, MAX_TOKENS) and mask, as model.sample returns them."""
+    """Responses (a list of B strings, a space before each word) -> tokens and mask (B, MAX_TOKENS), as model.sample's."""
     tokens = torch.full((len(responses), MAX_TOKENS), EOT)
     mask = torch.zeros(len(responses), MAX_TOKENS, dtype=torch.bool)
     for i, response in enumerate(responses):
@@ -57,8 +58,9 @@ def decode_response(tokens, mask):
 
 
 def join(prompts, responses, response_mask):
-    """Prompts (B, P), responses and their mask (B, R) -> tokens and response_mask (B, P + R), as sequence_logprob takes them."""
-    return torch.cat([prompts, responses], dim=1), torch.cat([torch.zeros_like(prompts, dtype=torch.bool), response_mask], dim=1)
+    """Prompts (B, P), responses and mask (B, R) -> tokens and response_mask (B, P + R), as sequence_logprob takes them."""
+    prompt_mask = torch.zeros_like(prompts, dtype=torch.bool)
+    return torch.cat([prompts, responses], dim=1), torch.cat([prompt_mask, response_mask], dim=1)
 
 
 # ---------------------------------------------------------------- the reward
@@ -92,8 +94,8 @@ KIND, FITS = _tables()
 def reward(prompts, responses):
     """r(x, y), the judge: prompts (B, 3), responses (B, 4) filled with end-of-text -> (B,) in [-3, 2], on the CPU.
 
-    Two adjectives and a noun have the sum of the adjectives' fits to the mood, less 1 if the noun is not the prompt's. Anything
-    else has -3, no more than the worst of those: a policy that breaks the grammar to please the judge does not.
+    Two adjectives and a noun have the sum of the adjectives' fits to the mood, less 1 if the noun is not the prompt's.
+    Anything else has -3, no more than the worst of those: a policy cannot please the judge by breaking the grammar.
     """
     prompts, responses = prompts.cpu(), responses.cpu()
     grammatical = (KIND[responses] == GRAMMAR).all(dim=1)
@@ -106,8 +108,8 @@ def reward(prompts, responses):
 def sentences(n, rng):
     """n sentences of the language, drawn with a random.Random: a list of prompts and a list of responses, text.
 
-    The adjectives lean to the mood, with weights e^fit, as people do; one sentence in ten has a wrong word somewhere, as corpora
-    do. Held-out prompts are among the prompts: the reference knows them, only feedback leaves them out.
+    The adjectives lean to the mood, with weights e^fit; one sentence in ten has a word replaced by any other, as corpora
+    have mistakes. Held-out prompts are among the prompts: the reference knows them, only feedback leaves them out.
     """
     prompts, responses = [], []
     for _ in range(n):
@@ -143,9 +145,9 @@ class Feedback:
 
 
 def judge(prompts, responses, mask, generator):
-    """Feedback on responses (R, 4), mask (R, 4), to prompts (R, 3), of which rows 2i and 2i + 1 are the same; R even, on the CPU.
+    """Feedback on responses (R, 4), mask (R, 4), to prompts (R, 3), with R even and rows 2i and 2i + 1 the same; on the CPU.
 
-    All three kinds are of the same responses. A pair of identical responses says nothing and is left out of pairs (P <= R / 2).
+    All three kinds are of the same responses. Two identical responses say nothing and are left out of pairs: P <= R / 2.
     """
     rewards = reward(prompts, responses)
     first, second = torch.arange(0, len(rewards), 2), torch.arange(1, len(rewards), 2)

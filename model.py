@@ -1,9 +1,9 @@
 """One GPT, in GPT-2's architecture and with GPT-2's parameter names, and the exact distribution over its short responses.
 
-A decoder-only transformer: tokens (B, T) -> logits (B, T, V), where logits[:, t] depend on tokens[:, :t+1] alone and predict
-tokens[:, t+1]. Pre-norm blocks, learned positions, tanh GELU, output weights tied to the token embedding, no dropout
-(the log-probability of a response has to be one number). GPT(GPTConfig(50257, 1024, 12, 12, 768)) is GPT-2 small: state_dict()
-has the published names and shapes, but for the four matrices of each block, which GPT-2 stores transposed.
+A decoder-only transformer: tokens (B, T) -> logits (B, T, V), where logits[:, t] depend on tokens[:, :t+1] alone and
+predict tokens[:, t+1]. Pre-norm blocks, learned positions, tanh GELU, output weights tied to the token embedding, no
+dropout (the log-probability of a response has to be one number). GPT(GPTConfig(50257, 1024, 12, 12, 768)) is GPT-2 small:
+state_dict() has the published names and shapes, but for four matrices of each block, which GPT-2 stores transposed.
 """
 import math
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Attention(nn.Module):
     def forward(self, x, past):
         B, T, D = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(D, dim=2))
-        if past is not None:                                                # (B, heads, T, D/heads) -> (B, heads, S, D/heads)
+        if past is not None:                                                # (B, heads, T, .) -> (B, heads, S, .)
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         S = k.shape[2]
         weights = q @ k.transpose(2, 3) / math.sqrt(k.shape[3])             # (B, heads, T, S)
@@ -85,24 +85,43 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens, cache=None):
-        """tokens (B, T) int -> logits (B, T, V).
-
-        cache: a list, empty at first, that the call fills with each layer's keys and values; pass it again with the tokens
-        that follow, alone. ValueError where the sequence outgrows block_size.
-        """
+    def hidden(self, tokens, cache=None):
+        """tokens (B, T) int -> what the last layer makes of each, (B, T, D); the cache as in forward."""
         start = cache[0][0].shape[2] if cache else 0
         T = tokens.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit in a block_size of {self.config.block_size}")
-        x = self.wte(tokens) + self.wpe.weight[start:start + T]             # (B, T, D)
+        x = self.wte(tokens) + self.wpe.weight[start:start + T]
         presents = []
         for i, block in enumerate(self.h):
             x, present = block(x, cache[i] if cache else None)
             presents.append(present)
         if cache is not None:
             cache[:] = presents
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return self.ln_f(x)
+
+    def forward(self, tokens, cache=None):
+        """tokens (B, T) int -> logits (B, T, V).
+
+        cache: a list, empty at first, that the call fills with each layer's keys and values; pass it again with the tokens
+        that follow, alone. ValueError where the sequence outgrows block_size.
+        """
+        return F.linear(self.hidden(tokens, cache), self.wte.weight)
+
+
+class ScalarGPT(GPT):
+    """A GPT with a scalar head, begun from a trained GPT: a value model, or a reward model read at the last token."""
+
+    def __init__(self, model):
+        super().__init__(model.config)
+        self.load_state_dict(model.state_dict())
+        self.scalar = nn.Linear(model.config.n_embd, 1)
+        nn.init.zeros_(self.scalar.weight)
+        nn.init.zeros_(self.scalar.bias)
+
+    def forward(self, tokens):
+        """tokens (B, T) int -> (B, T): column t knows tokens[:, :t+1]."""
+        return self.scalar(self.hidden(tokens)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -124,8 +143,8 @@ def sample(model, prompts, max_tokens, eot, generator=None):
     return torch.stack(responses, dim=1), torch.stack(masks, dim=1)
 
 
-# All responses, shortest first. A response is w words and an end-of-text, w < max_tokens, or max_tokens words that were cut off:
-# with W = V - 1 words there are 1 + W + ... + W^max_tokens, and since every sampled response is one of them, pi sums to 1.
+# All responses, shortest first. A response is n < max_tokens words and an end-of-text, or max_tokens words, cut off there:
+# with W = V - 1 words there are 1 + W + ... + W^max_tokens. Every sample is one of them, so that pi sums to 1.
 def all_responses(vocab_size, max_tokens, eot):
     """Every possible response: tokens (Y, max_tokens) int, filled with eot behind their end, and mask (Y, max_tokens) bool.
 
@@ -145,8 +164,8 @@ def all_responses(vocab_size, max_tokens, eot):
 def response_logprobs(model, prompt, max_tokens, eot):
     """log pi(y|x) of every possible response to one prompt (P,) int. Returns (Y,), nats, in the order of all_responses.
 
-    The tree of prefixes is walked breadth first. A level holds all prefixes of n words and the cache of each, so a token is computed
-    once for all the responses that share it, and the last word of a response costs nothing: its parent's logits have it.
+    The tree of prefixes is walked breadth first. A level holds all prefixes of n words and their cache, so that a prefix is
+    computed once for all responses that share it, and the last word of a response costs nothing: its parent's logits have it.
     """
     words = torch.tensor([token for token in range(model.config.vocab_size) if token != eot], device=prompt.device)
     cache = []

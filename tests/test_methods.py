@@ -1,8 +1,8 @@
-"""Every method is one line: L = g(squash(r_theta), target), with an offset f(x) + c inside of r_theta = beta rho + f(x) + c.
+"""Every method is one line: L = g(squash(r_theta), target), with an offset f(x) + c inside of r_theta.
 
-test_map_<method>_... writes a method's loss as its own paper has it and finds it again in una.py, value and gradient; the
-nearest wrong versions must fail the same comparison. The other tests here are about what all losses have in common, and about
-KTO. Log-probabilities are those of B responses (or pairs), drawn at random; beta is never 1, so that a missing beta is seen.
+test_map_<method>_... writes a method's loss as its own paper has it and finds it again in una.py, value and gradient;
+the nearest wrong versions must fail the same comparison. Log-probabilities are of B responses or pairs, at random.
+The other tests: numbers of an independent implementation, more exact relations, what all losses share, KTO.
 """
 import math
 
@@ -37,12 +37,12 @@ def same(loss, other, theta):
     return close(loss(theta), other(theta)) and close(gradient(loss, theta), gradient(other, theta))
 
 
-def root(f, low, high):
-    """Where the increasing functions f, one for each element of the tensors low < high, cross zero, by bisection."""
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = torch.where(f(middle) < 0, middle, low), torch.where(f(middle) < 0, high, middle)
-    return (low + high) / 2
+def minimiser(loss, B):
+    """The B numbers in [-16, 16] where the B convex functions loss are smallest: bisection on their slopes."""
+    at = torch.zeros(B, dtype=torch.float64)
+    for n in range(60):
+        at = at - 8 / 2**n * gradient(loss, at).sign()
+    return at
 
 
 def thumbs(B):
@@ -67,6 +67,7 @@ def test_golden_dpo(beta):
     assert close(dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta), goldens.DPO[beta])
     pair = una_pair_loss(implicit_reward(CHOSEN, REF_CHOSEN, beta), implicit_reward(REJECTED, REF_REJECTED, beta))
     assert close(pair, goldens.DPO[beta])
+    assert not close(dpo_loss(REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN, beta), goldens.DPO[beta])
 
 
 @pytest.mark.parametrize("beta", goldens.IPO)
@@ -94,8 +95,8 @@ def test_golden_kto(beta, desirable_weight, undesirable_weight):
     loss = kto_loss(BOTH, REF_BOTH, LABELS, POLICY_KL, REF_KL, beta, desirable_weight, undesirable_weight)
     assert close(loss, expected)
     z0 = (POLICY_KL - REF_KL).mean()
-    weights = torch.where(LABELS == 1, desirable_weight, undesirable_weight)
-    assert close(weights * una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta, -beta * z0), LABELS, "mae"), expected)
+    una = una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta, -beta * z0), LABELS, "mae")
+    assert close(torch.where(LABELS == 1, desirable_weight * una, undesirable_weight * una), expected)
 
 
 @pytest.mark.parametrize("beta", goldens.KTO_CLAMPED)
@@ -104,22 +105,22 @@ def test_golden_kto_clamped(beta):
     expected = sum(goldens.KTO_CLAMPED[beta], [])
     assert (REF_KL - POLICY_KL).mean() < 0
     assert close(kto_loss(BOTH, REF_BOTH, LABELS, REF_KL, POLICY_KL, beta), expected)
-    assert close(una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta), LABELS, "mae"), expected)
+    una = lambda z0: una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta, -beta * z0), LABELS, "mae")
+    assert close(una(0.0), expected) and not close(una((REF_KL - POLICY_KL).mean()), expected)
 
 
 # ---------------------------------------------------------------- the map
 
 @pytest.mark.parametrize("beta", [0.03, 0.1, 0.7])
 def test_map_dpo_is_the_pair_loss(beta):
-    # Rafailov et al. 2023: -log sigma(beta [log pi(w)/pi_ref(w) - log pi(l)/pi_ref(l)]). As log sigma(m) = -log(1 + e^-m):
+    # Rafailov et al. 2023: -log sigma(beta [log pi/pi_ref(w) - log pi/pi_ref(l)]), and -log sigma(m) = log(1 + e^-m).
     policy, ref = normals(1)(2, 20), normals(2)(2, 20)
     paper = lambda p: torch.log(1 + torch.exp(-beta * ((p[0] - p[1]) - (ref[0] - ref[1]))))
     una = lambda p, beta=beta: una_pair_loss(*implicit_reward(p, ref, beta, offset=0.8))
     assert same(una, paper, policy) and same(lambda p: dpo_loss(p[0], p[1], ref[0], ref[1], beta), paper, policy)
     assert not same(lambda p: una(p, beta=1.0), paper, policy)                              # missing beta
     assert not same(lambda p: una(p.flip(0)), paper, policy)                                # swapped pair
-    assert not same(lambda p: una_pair_loss(*implicit_reward(p, ref.flip(0), beta)), paper, policy)   # swapped reference
-    assert not same(lambda p: una_pair_loss(*implicit_reward(p, p.detach(), beta)), paper, policy)    # the policy as its own
+    assert not same(lambda p: una_pair_loss(*implicit_reward(p, ref.flip(0), beta)), paper, policy)   # their references
 
 
 def pair_of_sequences():
@@ -166,26 +167,32 @@ def test_map_dpo_from_logits_to_loss():
     assert same(una_from_logits, dpo_from_logits, pair_of_sequences()[0])
 
 
-@pytest.mark.parametrize("mistake", ["unshifted labels", "padding counted", "prompt counted", "mean for sum", "swapped pair",
-                                     "reference is the policy", "no reference", "missing beta", "no log sigma"])
+MISTAKES = ["unshifted labels", "padding counted", "prompt counted", "mean for sum", "swapped pair",
+            "reference is the policy", "no reference", "missing beta", "no log sigma"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_map_dpo_from_logits_to_loss_sees_each_mistake(mistake):
     assert not same(lambda z: una_from_logits(z, mistake), dpo_from_logits, pair_of_sequences()[0])
 
 
 def kto_paper(p, ref, label, z0, beta):
-    """Ethayarajh et al. 2024, lambda_y - v with lambda = 1, in plain words: a gain or a loss against the reference point z_0."""
+    """Ethayarajh et al. 2024: lambda_y - v with lambda = 1; v is sigma of the gain over z_0, or the loss."""
     gain = beta * (p - ref - z0)
     return 1 - torch.stack([1 / (1 + (-g).exp()) if up else 1 / (1 + g.exp()) for g, up in zip(gain, label)])
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_map_kto_is_the_binary_loss_with_absolute_error_and_offset_minus_beta_z0(beta):
-    # 1 - sigma(t) for a thumb up, 1 - sigma(-t) = sigma(t) for a thumb down: |label - sigma(t)| with t = beta rho - beta z_0.
+    # 1 - sigma(t) for thumbs up, 1 - sigma(-t) = sigma(t) for thumbs down: |label - sigma(t)|, t = beta rho - beta z_0.
     policy, ref, label = normals(4)(11), normals(5)(11), thumbs(11)
     policy_kl, ref_kl = normals(6)(7) + 1, normals(7)(7) - 1
     z0 = sum((policy_kl - ref_kl).tolist()) / 7
     paper = lambda p: kto_paper(p, ref, label, z0, beta)
-    una = lambda p, beta=beta, g="mae", offset=-beta * z0: una_binary_loss(implicit_reward(p, ref, beta, offset), label, g)
+
+    def una(p, beta=beta, g="mae", offset=-beta * z0, label=label):
+        return una_binary_loss(implicit_reward(p, ref, beta, offset), label, g)
+
     assert z0 > 0 and same(una, paper, policy)
     assert same(lambda p: kto_loss(p, ref, label, policy_kl, ref_kl, beta), paper, policy)
     for g in ("mse", "bce"):
@@ -194,16 +201,16 @@ def test_map_kto_is_the_binary_loss_with_absolute_error_and_offset_minus_beta_z0
     assert not same(lambda p: una(p, offset=beta * z0), paper, policy)                      # its sign
     assert not same(lambda p: una(p, offset=0.0), paper, policy)                            # no offset
     assert not same(lambda p: una(p, beta=1.0), paper, policy)                              # missing beta
-    assert not same(lambda p: una_binary_loss(implicit_reward(p, ref, beta, -beta * z0), 1 - label, "mae"), paper, policy)
+    assert not same(lambda p: una(p, label=1 - label), paper, policy)                       # thumbs swapped
 
 
 def test_map_kto_weights_multiply():
     # lambda_y - lambda_y sigma(...) = lambda_y (1 - sigma(...)).
     policy, ref, label, kl = normals(8)(11), normals(9)(11), thumbs(11), normals(10)(2, 4)
     weighted = lambda p: kto_loss(p, ref, label, kl[0], kl[1], 0.3, 2.0, 0.7)
-    plain = lambda p: torch.where(label == 1, 2.0, 0.7) * kto_loss(p, ref, label, kl[0], kl[1], 0.3)
-    assert same(weighted, plain, policy)
-    assert not same(weighted, lambda p: kto_loss(p, ref, label, kl[0], kl[1], 0.3, 0.7, 2.0), policy)
+    plain = lambda p: kto_loss(p, ref, label, kl[0], kl[1], 0.3)
+    assert same(weighted, lambda p: torch.where(label == 1, 2.0 * plain(p), 0.7 * plain(p)), policy)
+    assert not same(weighted, lambda p: torch.where(label == 0, 2.0 * plain(p), 0.7 * plain(p)), policy)   # swapped
 
 
 def test_map_bco_is_the_binary_loss_with_cross_entropy_and_offset_minus_delta():
@@ -257,14 +264,14 @@ def test_map_sppo_is_the_reward_loss_against_plus_and_minus_one_half():
         return (una_reward_loss(winner, up) + una_reward_loss(loser, -up)) * eta**2
 
     assert same(una, paper, policy)
-    assert not same(lambda p: una(p, offset=0.1), paper, policy)                            # here the offset does not cancel
+    assert not same(lambda p: una(p, offset=0.1), paper, policy)   # here the offset does not cancel
     assert not same(lambda p: una(p, up=-0.5), paper, policy)
     assert not same(lambda p: una(p, beta=eta), paper, policy)
 
 
 def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
-    # Matrenok et al. 2025: (R_q - beta log Z_q - beta rho)^2, R_q the quantile of the reward among samples of pi_ref. Quantiles
-    # are uniform on [0, 1] whatever the reward, so Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
+    # Matrenok et al. 2025: (R_q - beta log Z_q - beta rho)^2, R_q the quantile of the reward among samples of pi_ref.
+    # Quantiles are uniform on [0, 1] whatever the reward, so Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
     policy, ref, beta = normals(20)(20), normals(21)(20), 0.3
     quantile = torch.sigmoid(normals(22)(20))
     log_Z = math.log(beta * (math.exp(1 / beta) - 1))
@@ -276,7 +283,7 @@ def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
 
 
 def test_map_qrpo_offset_is_the_beta_log_Z_of_eq19():
-    # Ten thousand equally likely responses; the k-th best has the quantile (k - 1/2) / 10^4. Midpoint rule, error ~ 1e-9.
+    # Ten thousand equally likely responses with the quantiles (k - 1/2) / 10^4: the midpoint rule, error 1e-9.
     beta, Y = 0.3, 10_000
     quantiles, ref = (torch.arange(Y).double() + 0.5) / Y, torch.full((Y,), -math.log(Y), dtype=torch.float64)
     best, value = optimal_policy(ref, quantiles, beta)
@@ -286,7 +293,7 @@ def test_map_qrpo_offset_is_the_beta_log_Z_of_eq19():
 
 
 def policy_gradient(theta, ref, rewards, beta, y, baseline):
-    """REINFORCE for J on the samples y, one of each prompt: (r - beta rho - baseline) grad log pi, with grad by hand: 1_y - pi."""
+    """REINFORCE for J on samples y, one a prompt: (r - beta rho - baseline) grad log pi, grad log pi = 1_y - pi."""
     p = theta.log_softmax(-1)
     rows = torch.arange(len(y))
     advantage = rewards[rows, y] - beta * (p[rows, y] - ref[rows, y]) - baseline
@@ -305,34 +312,32 @@ def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
     advantage = rewards[rows, y] - 0.3 * (theta.log_softmax(-1) - ref)[rows, y] - offset
     assert close(una(theta), advantage**2)
     assert close(gradient(una, theta), -2 * 0.3 * policy_gradient(theta, ref, rewards, 0.3, y, offset))
-    assert not close(gradient(una, theta), -2 * policy_gradient(theta, ref, rewards, 0.3, y, offset))      # missing beta
-    assert not close(gradient(una, theta), -2 * 0.3 * policy_gradient(theta, ref, rewards, 0.3, y, 0.0))   # same mean only
+    assert not close(gradient(una, theta), -2 * policy_gradient(theta, ref, rewards, 0.3, y, offset))   # missing beta
+    assert not close(gradient(una, theta), -2 * 0.3 * policy_gradient(theta, ref, rewards, 0.3, y, 0))  # in mean only
 
 
 def test_map_rlhf_policy_gradient_averages_to_the_gradient_of_the_objective():
     # E_{y~pi} over all six responses: the baseline is gone, and what is left is grad J.
     theta, ref, rewards = normals(28)(4, 6), normals(29)(4, 6).log_softmax(-1), normals(30)(4, 6)
     grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, 0.3), theta)
-    pi = theta.softmax(-1)
-    for baseline in (0.0, 2.5):
-        mean = sum(pi[:, y:y + 1] * policy_gradient(theta, ref, rewards, 0.3, torch.full((4,), y), baseline) for y in range(6))
-        assert close(mean, grad_J)
-    uniform = sum(policy_gradient(theta, ref, rewards, 0.3, torch.full((4,), y), 0.0) / 6 for y in range(6))
-    assert not close(uniform, grad_J)                                                       # samples of another policy
+    at = lambda y, baseline: policy_gradient(theta, ref, rewards, 0.3, torch.full((4,), y), baseline)
+    mean = lambda weights, baseline: sum(weights[:, y:y + 1] * at(y, baseline) for y in range(6))
+    assert close(mean(theta.softmax(-1), 0.0), grad_J) and close(mean(theta.softmax(-1), 2.5), grad_J)
+    assert not close(mean(ref.exp(), 0.0), grad_J)                                          # samples of another policy
 
 
 # ---------------------------------------------------------------- more exact relations
 
 def test_relation_cross_entropy_of_a_pair_with_its_best_offset_is_twice_dpo_at_half_beta():
-    # -log sigma(a + b) - log sigma(-(l + b)) is smallest where a + b = -(l + b), at b = -(a + l)/2: 2 x -log sigma((a - l)/2).
-    # The gradient is that of the loss with the best b held fixed, since the slope in b is zero there.
+    # -log sigma(w + b) - log sigma(-(l + b)) is smallest where w + b = -(l + b); it is -2 log sigma((w - l)/2) there.
+    # The gradient is that of the loss with the best b held fixed, since the slope in b is zero.
     policy, ref, beta = normals(31)(2, 20), normals(32)(2, 20), 0.3
 
     def pair(p, offset):
         winner, loser = implicit_reward(p, ref, beta, offset)
         return una_binary_loss(winner, torch.ones(20), "bce") + una_binary_loss(loser, torch.zeros(20), "bce")
 
-    best = root(lambda b: gradient(lambda b: pair(policy, b), b), torch.full((20,), -9.0).double(), torch.full((20,), 9.0).double())
+    best = minimiser(lambda b: pair(policy, b), 20)
     dpo = lambda p, beta=beta / 2, times=2: times * dpo_loss(p[0], p[1], ref[0], ref[1], beta)
     assert same(lambda p: pair(p, best), dpo, policy)
     assert not same(lambda p: pair(p, best), lambda p: dpo(p, beta=beta), policy)
@@ -344,7 +349,7 @@ def test_relation_reward_loss_of_a_pair_with_its_best_offset_is_half_of_rebel():
     # (e_w - b)^2 + (e_l - b)^2 is smallest at the mean of the errors e, where it is (e_w - e_l)^2 / 2.
     policy, ref, rewards, beta = normals(33)(2, 20), normals(34)(2, 20), normals(35)(2, 20), 0.3
     pair = lambda p, offset: una_reward_loss(implicit_reward(p, ref, beta, offset), rewards).sum(0)
-    best = root(lambda b: gradient(lambda b: pair(policy, b), b), torch.full((20,), -9.0).double(), torch.full((20,), 9.0).double())
+    best = minimiser(lambda b: pair(policy, b), 20)
     half_rebel = lambda p: 0.5 * (beta * (p[0] - ref[0]) - beta * (p[1] - ref[1]) - (rewards[0] - rewards[1])) ** 2
     assert same(lambda p: pair(p, best), half_rebel, policy)
     assert not same(lambda p: pair(p, best), lambda p: 2 * half_rebel(p), policy)
@@ -360,8 +365,8 @@ def test_relation_cross_entropy_of_a_pair_exceeds_dpo():
 
 
 def test_relation_cross_entropy_has_the_minimiser_of_the_squared_error():
-    # Both are smallest at r = log s/(1 - s) for a soft target too: nothing forces one to leave BCE out for scores, as section
-    # 2.3.3 does. At its minimum BCE is not 0 but the entropy of the score.
+    # For a soft target s too, both are smallest at r = log s/(1 - s): nothing forces one to exclude BCE for scores, as
+    # section 2.3.3 does. At its minimum BCE is not 0 but the entropy of the score.
     given = torch.sigmoid(normals(37)(20))
     at = torch.log(given / (1 - given))
     for g in ("mse", "bce"):
@@ -375,8 +380,9 @@ def test_relation_absolute_error_is_not_proper():
     # A thumb is up with probability 0.7. Squared error and cross-entropy are smallest at s = 0.7; KTO's absolute error
     # 0.7 (1 - s) + 0.3 s falls all the way to s = 1: it reports not the probability but the majority.
     s = torch.arange(1, 100).double() / 100
-    expected = lambda g: 0.7 * una_binary_loss(s.logit(), torch.ones(99), g) + 0.3 * una_binary_loss(s.logit(), torch.zeros(99), g)
-    assert [s[expected(g).argmin()].item() for g in ("mse", "bce", "mae")] == [0.70, 0.70, 0.99]
+    up, down = torch.ones(99), torch.zeros(99)
+    mean = lambda g: 0.7 * una_binary_loss(s.logit(), up, g) + 0.3 * una_binary_loss(s.logit(), down, g)
+    assert [s[mean(g).argmin()].item() for g in ("mse", "bce", "mae")] == [0.70, 0.70, 0.99]
 
 
 def test_relation_slopes_at_the_start_and_at_a_confident_mistake():
@@ -392,8 +398,8 @@ def test_relation_slopes_at_the_start_and_at_a_confident_mistake():
 
 
 def test_printed_kto_reference_point_is_a_KL_and_not_beta_log_Z():
-    # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 when the policy is the reference, where Z (a function of pi_ref and r alone)
-    # is anything; and at the optimum beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
+    # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 where the policy is the reference, but Z depends on pi_ref and r
+    # alone, whatever the policy; and at the optimum beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
     ref, rewards, beta = normals(38)(6).log_softmax(-1), normals(39)(6), 0.4
     best, value = optimal_policy(ref, rewards, beta)
     KL = (best.exp() * (best - ref)).sum()
@@ -405,8 +411,8 @@ def test_printed_kto_reference_point_is_a_KL_and_not_beta_log_Z():
 
 # ---------------------------------------------------------------- what all losses have in common
 
-# Each as a function of B rewards (or, for KTO and DPO, of B log-probabilities), with everything else fixed for each row.
 def losses(B):
+    """Each as a function of B rewards (for KTO and DPO: of B log-probabilities), with all else fixed for each row."""
     other, score, label = normals(50)(B), torch.sigmoid(normals(51)(B)), thumbs(B)
     kl = normals(52)(2, 5) + torch.tensor([[1.0], [-1.0]])
     return {
@@ -426,7 +432,7 @@ def losses(B):
 
 @pytest.mark.parametrize("name", losses(1))
 def test_loss_of_a_batch_is_that_of_its_rows(name):
-    # One value for each example, from that example alone: so a batch may be split, shuffled, or mixed with other feedback.
+    # One value for each example, from that example alone: a batch may be split, shuffled, or mixed with other feedback.
     loss, reward, order = losses(7)[name], 2 * normals(53)(7), torch.tensor([3, 0, 6, 5, 1, 4, 2])
     whole = loss(reward)
     assert whole.shape == (7,) and whole.dtype == torch.float64
@@ -460,10 +466,11 @@ def test_losses_at_the_first_step():
     reward = implicit_reward(logprob, logprob.clone(), 0.1)
     assert (reward == 0).all() and close(implicit_score(reward), 0.5)
     assert close(dpo_loss(logprob, logprob - 3, logprob, logprob - 3, 0.1), math.log(2))
-    assert close(una_pair_loss(reward, reward), math.log(2)) and close(una_binary_loss(reward, label, "bce"), math.log(2))
-    assert close(una_binary_loss(reward, label, "mse"), 0.25) and close(una_binary_loss(reward, label, "mae"), 0.5)
+    assert close(una_pair_loss(reward, reward), math.log(2))
+    for g, expected in (("bce", math.log(2)), ("mse", 0.25), ("mae", 0.5)):
+        assert close(una_binary_loss(reward, label, g), expected)
     assert close(kto_loss(logprob, logprob, label, logprob, logprob, 0.1), 0.5)
-    assert close(una_score_loss(reward, torch.full((8,), 0.8).double()), 0.09)
+    assert close(una_score_loss(reward, torch.full_like(reward, 0.8)), 0.09)
 
 
 BINARY = {
@@ -484,13 +491,15 @@ def test_labels_may_be_bool_int_or_float(name):
 @pytest.mark.parametrize("bad", [-1.0, 0.3, 2.0, float("nan")])
 @pytest.mark.parametrize("name", BINARY)
 def test_labels_other_than_zero_and_one_are_rejected(name, bad):
-    with pytest.raises(ValueError, match=f"0 or 1, got {bad}"):
-        BINARY[name](normals(56)(4), torch.tensor([1.0, 0.0, bad, 1.0]))
+    # The message names the first of them.
+    for label in ([1.0, 0.0, bad], [1.0, bad, 7.0]):
+        with pytest.raises(ValueError, match=f"0 or 1, got {bad}"):
+            BINARY[name](normals(56)(3), torch.tensor(label))
 
 
 def test_int_labels_other_than_zero_and_one_are_rejected():
     for binary in BINARY.values():
-        with pytest.raises(ValueError, match="got -1"):
+        with pytest.raises(ValueError, match="0 or 1, got -1"):
             binary(normals(57)(3), torch.tensor([1, -1, 0]))
 
 
@@ -521,7 +530,7 @@ def test_kto_reference_point_is_an_average_clamped_at_zero():
 
 
 def test_kto_no_gradient_flows_through_the_reference_point():
-    # z_0 is held constant: with the very same log-probabilities in both places, the gradient is that with z_0 as a number.
+    # z_0 is held constant: with the very same log-probabilities in both places the gradient is that with z_0 a number.
     logprob, ref, label = normals(63)(5) + 1, normals(64)(5) - 1, thumbs(5)
     z0 = (logprob - ref).mean()
     constant = gradient(lambda p: kto_paper(p, ref, label, z0, 0.3), logprob)
