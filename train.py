@@ -383,12 +383,12 @@ def table(results, split):
     """The table of one set of prompts: means over the seeds, and the regret's standard deviation if there are several."""
     start = {entry["seed"]: entry[split] for entry in results["landmarks"] if entry["method"] == "reference"}
     columns = {  # heading: (format, figure of one entry)
-        "reward": ("{:.3f}", lambda entry: entry[split]["reward"]),
-        "KL": ("{:.3f}", lambda entry: entry[split]["kl"]),
-        "J": ("{:.3f}", lambda entry: entry[split]["objective"]),
-        "regret": ("{:.5f}", lambda entry: entry[split]["regret"]),
-        "of gain": ("{:.1%}", lambda entry: gain_share(entry[split], start[entry["seed"]])),
-        "of frontier": ("{:.1%}", lambda entry: frontier_share(entry[split], start[entry["seed"]])),
+        "reward": ("{:z.3f}", lambda entry: entry[split]["reward"]),
+        "KL": ("{:z.3f}", lambda entry: entry[split]["kl"]),
+        "J": ("{:z.3f}", lambda entry: entry[split]["objective"]),
+        "regret": ("{:z.5f}", lambda entry: entry[split]["regret"]),
+        "of gain": ("{:z.1%}", lambda entry: gain_share(entry[split], start[entry["seed"]])),
+        "of frontier": ("{:z.1%}", lambda entry: frontier_share(entry[split], start[entry["seed"]])),
         "seconds": ("{:.1f}", lambda entry: entry.get("seconds", math.nan)),
     }
     lines = [f"{split + ' prompts':<18}" + "".join(f"{heading:>12}" for heading in columns)]
