@@ -186,18 +186,6 @@ def test_a_scalar_gpt_is_the_same_network_with_another_head():
         assert close(model(tokens)[..., None], theirs + model.scalar.bias)
 
 
-def test_a_scalar_gpt_begins_at_zero_with_weights_of_its_own():
-    model, tokens = gpt(dtype=torch.float32), random_tokens(2, 6)
-    before, scalar = model(tokens), ScalarGPT(model)
-    assert (scalar(tokens) == 0).all()
-    weights = scalar.state_dict()
-    assert all(torch.equal(weights[name], parameter) for name, parameter in model.state_dict().items())
-    with torch.no_grad():
-        for parameter in scalar.parameters():
-            parameter.add_(1)
-    assert torch.equal(model(tokens), before)
-
-
 # ---------------------------------------------------------------- causality and the cache
 @pytest.mark.parametrize("t", range(6))
 def test_a_token_changes_no_logits_before_it_and_all_from_it_on(t):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import data
 import train
 import una
+from helpers import gradient
 from model import GPT, GPTConfig, ScalarGPT, all_responses
 
 CPU = torch.device("cpu")
@@ -28,12 +29,6 @@ MASK = torch.tensor([[start <= t < end for t in range(8)] for start, end in SPAN
 
 def close(a, b, atol=1e-12):
     return torch.allclose(a, b, rtol=0, atol=atol)
-
-
-def gradient(loss, x):
-    """d loss(x).sum() / dx."""
-    x = x.clone().requires_grad_(True)
-    return torch.autograd.grad(loss(x).sum(), x)[0]
 
 
 def finite_differences(loss, x, step=1e-6):

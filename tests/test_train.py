@@ -13,7 +13,7 @@ import torch
 import data
 import train
 import una
-from model import GPT, GPTConfig, all_responses, response_logprobs
+from model import GPT, GPTConfig, all_responses
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -323,7 +323,7 @@ def test_results_hold_what_is_promised(tiny):
         assert run["seconds"] > 0 and run["state_bytes"] > 0
         for split in ("train", "heldout"):
             figures = run[split]
-            assert set(figures) == {"reward", "kl", "objective", "optimum", "regret", "frontier_reward"}
+            assert set(figures) == {"reward", "kl", "objective", "optimum", "regret", "frontier_reward", "residual_variance"}
             assert figures["objective"] == pytest.approx(figures["reward"] - run["beta"] * figures["kl"], abs=1e-9)
             assert figures["regret"] == pytest.approx(figures["optimum"] - figures["objective"], abs=1e-9)
             assert figures["regret"] > -1e-6 and figures["reward"] <= figures["frontier_reward"] + 1e-5
@@ -411,6 +411,8 @@ def test_progress_is_for_terminals_alone(capsys, monkeypatch):
     ("--beta -1", "--beta"), ("--beta nan", "--beta"), ("--beta inf", "--beta"), ("--steps 0", "--steps"),
     ("--steps 1.5", "1.5"), ("--batch 23", "--batch"), ("--judged 25", "--judged"), ("--judged 0", "--judged"),
     ("--n-embd 10 --n-head 4", "--n-embd"), ("--device tpu", "tpu"), ("--reward fame", "fame"),
+    ("--offset some", "some"), ("--offset batch", "--offset"), ("--offset prompt --methods una-score,kto", "--offset"),
+    ("--claims --seeds 3", "--seeds"), ("--claims --methods kto", "--methods"),
     ("--evaluations 0", "--evaluations"), ("--reference-steps 0", "--reference-steps"), ("--frobnicate", "--frobnicate"),
 ])
 def test_bad_input_is_one_line_and_status_2(arguments, told, tmp_path, capsys):
