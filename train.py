@@ -78,8 +78,8 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or mps")
     out: str = setting("out/toy", "folder for results.json, pictures and weights")
     quick: bool = setting(False, "a short run of everything, to see that it works: the results mean little")
-    claims: bool = setting(False, "settle the paper's claims: grid, seeds and variants are at the end of train.py, --out is "
-                                  "assets unless given; an hour and a half on two cores, goes on where it was stopped")
+    claims: bool = setting(False, "settle the paper's claims, with grids and seeds of its own, into assets unless told otherwise: "
+                                  "an hour and a half on two cores; goes on where it was stopped")
 
 
 QUICK = dict(steps=16, judged=512, reference_steps=60, evaluations=2, n_embd=32)
@@ -729,7 +729,8 @@ def parse(arguments):
             parser.add_argument(flag, type=item.type, metavar=item.name.upper(), default=argparse.SUPPRESS,
                                 help=f"{item.metadata['help']} [{item.default}]")
     given = vars(parser.parse_args(arguments))
-    settings = Settings(**{**(QUICK if given["quick"] else {}), **(dict(out="assets") if given["claims"] else {}), **given})
+    defaults = (QUICK if given["quick"] else {}) | (dict(out="assets") if given["claims"] and not given["quick"] else {})
+    settings = Settings(**{**defaults, **given})
     for name in ("methods", "seeds", "seed", "reward", "offset"):
         if given["claims"] and name in given:
             parser.error(f"--claims has its own methods, seeds, rewards and offsets: --{name} does not go with it")

@@ -273,7 +273,8 @@ def test_the_flag_settles_the_claims_in_assets_unless_told_otherwise(monkeypatch
     monkeypatch.setattr(train, "settle_claims", told.append)
     train.main(["--claims"])
     train.main(["--claims", "--out", "elsewhere"])
-    assert [settings.out for settings in told] == ["assets", "elsewhere"]
+    train.main(["--claims", "--quick"])                                     # a rehearsal does not write over results
+    assert [settings.out for settings in told] == ["assets", "elsewhere", "out/toy"]
 
 
 def test_a_diverged_cell_is_the_worst_and_a_diverged_reported_run_ends_in_one_line(tmp_path, monkeypatch):
