@@ -57,6 +57,17 @@ def test_gradient_noise_is_the_trace_of_the_gradients_covariance():
     assert weight.grad is None                                              # measuring leaves nothing behind
 
 
+@pytest.mark.parametrize("method", ["una-online", "una-online-score", "ppo"])
+def test_online_methods_sample_from_the_policy_and_not_from_the_reference(method, monkeypatch):
+    reference, policy, world = small_world()
+    seen = []
+    monkeypatch.setattr(train, "sample", lambda model, *_: seen.append(model) or data.encode_responses([" warm sweet wind"] * 32))
+    value = ScalarGPT(policy)
+    settings = train.Settings(batch=32)
+    next(iter(next(train.online_rounds(method, policy, value, reference, train.true_reward, world.prompts, settings, 0.25, 0))))
+    assert seen == [policy]
+
+
 def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypatch):
     # pi* itself cannot be had as a GPT; but a reward whose optimum is the policy can: r = beta log pi/pi_ref.
     reference, policy, _ = small_world()
@@ -79,7 +90,8 @@ def test_the_reward_models_report_is_right_for_a_perfect_a_reversed_and_an_indif
     reference, policy, world = small_world()
     gain = world.evaluate(world.logprobs(policy))["reward"] - world.evaluate(world.ref_logprobs)["reward"]
     for factor, accuracy in ((2.0, 1.0), (-1.0, 0.0), (0.0, 0.0)):
-        monkeypatch.setattr(train, "model_reward", lambda model, tokens, mask: factor * train.true_reward(tokens, mask))
+        # The 9 is one of the many f(x) that Eq. 2 cannot see.
+        monkeypatch.setattr(train, "model_reward", lambda model, tokens, mask: factor * train.true_reward(tokens, mask) + 9)
         report = train.reward_model_report(None, reference, policy, world.prompts, 0)
         assert report["accuracy"] == accuracy
         assert report["true_gain"] == pytest.approx(gain, abs=0.05)
