@@ -514,10 +514,12 @@ def save(path, write):
 
 
 def draw_frontier(results, world, path):
-    """Reward against KL: every run under the exact frontier of the first seed."""
+    """Reward against KL, under the exact frontier of the first seed. Runs far beyond the optimum are named, not shown."""
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    entries = [entry for entry in results["landmarks"] if entry["method"] == "optimum"] + results["runs"]
-    widest = max(1.1 * max(entry["train"]["kl"] for entry in entries), 0.1)
+    optima = [entry for entry in results["landmarks"] if entry["method"] == "optimum"]
+    widest = 1.5 * max(entry["train"]["kl"] for entry in optima)
+    beyond = [entry["method"] for entry in results["runs"] if entry["train"]["kl"] > widest]
+    entries = optima + [entry for entry in results["runs"] if entry["train"]["kl"] <= widest]
     points = [world.tilted(b) for b in np.geomspace(0.02, 100, 200)]
     axes.plot(*zip(*[(kl, reward) for reward, kl in points if kl <= widest]), color="black", label="frontier: none is above")
     for method in dict.fromkeys(entry["method"] for entry in entries):
@@ -528,7 +530,9 @@ def draw_frontier(results, world, path):
         if method == "una-pair":                                            # a ring: dpo's dot lies in it
             style = dict(s=110, facecolor="none", edgecolor=COLORS[method], linewidth=1.5)
         axes.scatter(*zip(*xy), label="optimum of J" if method == "optimum" else method, **style)
-    axes.set(xlabel="KL(policy || reference), nats", ylabel="mean reward", title="Reward against KL, training prompts")
+    told = ", ".join(f"{beyond.count(method)} of {method}" for method in dict.fromkeys(beyond))
+    axes.set(xlabel="KL(policy || reference), nats", ylabel="mean reward",
+             title="Reward against KL, training prompts" + (f"\n(runs too far to the right: {told})" if told else ""))
     axes.legend(fontsize=8)
     save(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
     plt.close(figure)

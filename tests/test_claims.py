@@ -68,7 +68,7 @@ def test_online_methods_sample_from_the_policy_and_not_from_the_reference(method
     assert seen == [policy]
 
 
-def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypatch):
+def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not():
     # pi* itself cannot be had as a GPT; but a reward whose optimum is the policy can: r = beta log pi/pi_ref.
     reference, policy, _ = small_world()
     policy.requires_grad_(True)
@@ -178,7 +178,7 @@ def test_a_long_gradient_is_cut_to_norm_1_and_a_short_one_is_left():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_the_weights(value, monkeypatch, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_the_weights(value):
     weight = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(FloatingPointError, match="step 3"):
         train.descend(torch.optim.SGD([weight], lr=1.0), weight.sum() * value, 1.0, 3, 10)
