@@ -567,12 +567,13 @@ def draw_rewards(panels, path):
                                 squeeze=False, layout="constrained")
     for axes, (name, (explicit, implicit)) in zip(grid.flat, panels.items()):
         axes.plot([-3, 2], [-3, 2], color="black", linewidth=0.8)
-        axes.scatter(explicit, implicit, s=3, alpha=0.3, color=COLORS.get(name, "grey"))
+        axes.scatter(explicit, np.maximum(implicit, -6), s=3, alpha=0.3, color=COLORS.get(name, "grey"))
         axes.set_title(name, fontsize=9)
     for axes in grid.flat[len(panels):]:
         axes.set_visible(False)
     figure.supxlabel("explicit reward, the judge's")
-    figure.supylabel("implicit reward")
+    figure.supylabel("implicit reward (below -6: drawn at -6)")
+    figure.suptitle("A policy whose dots lie on the diagonal is optimal")
     save(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
     plt.close(figure)
 
