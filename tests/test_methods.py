@@ -1,8 +1,9 @@
-"""Every method is one line: L = g(squash(r_theta), target), with an offset f(x) + c inside of r_theta.
+"""Every method is one line: L = g(squash(r_theta), target), with an offset f(x) + c in r_theta.
 
-test_map_<method>_... writes a method's loss as its own paper has it and finds it again in una.py, value and gradient;
-the nearest wrong versions must fail the same comparison. Log-probabilities are of B responses or pairs, at random.
-The other tests: numbers of an independent implementation, more exact relations, what all losses share, KTO.
+test_map_<method>_... writes a method's loss as its own paper has it and finds it again in una.py,
+value and gradient; the nearest wrong versions must fail the same comparison. Log-probabilities are
+of B responses or pairs, at random. The other tests: numbers of an independent implementation, more
+exact relations, what all losses share, KTO.
 """
 import math
 
@@ -12,8 +13,20 @@ import torch.nn.functional as F
 
 import goldens
 from helpers import close, gradient, normals
-from una import (dpo_loss, implicit_reward, implicit_score, kto_loss, optimal_policy, reward_model_loss, rlhf_objective,
-                 sequence_logprob, una_binary_loss, una_pair_loss, una_reward_loss, una_score_loss)
+from una import (
+    dpo_loss,
+    implicit_reward,
+    implicit_score,
+    kto_loss,
+    optimal_policy,
+    reward_model_loss,
+    rlhf_objective,
+    sequence_logprob,
+    una_binary_loss,
+    una_pair_loss,
+    una_reward_loss,
+    una_score_loss,
+)
 
 
 def same(loss, other, theta):
@@ -22,15 +35,15 @@ def same(loss, other, theta):
 
 
 def minimiser(loss, B):
-    """The B numbers in [-16, 16] where the B convex functions loss are smallest: bisection on their slopes."""
+    """The B numbers in [-16, 16] where B convex functions are smallest: bisection on slopes."""
     at = torch.zeros(B, dtype=torch.float64)
     for n in range(60):
         at = at - 8 / 2**n * gradient(loss, at).sign()
     return at
 
 
-def thumbs(B):
-    """Labels 1, 0, 1, 0, ..."""
+def labels(B):
+    """Binary feedback: 1, 0, 1, 0, ..."""
     return 1 - torch.arange(B) % 2
 
 
@@ -40,7 +53,8 @@ def golden(*names):
     return [torch.tensor(getattr(goldens, name), dtype=torch.float64) for name in names]
 
 
-CHOSEN, REF_CHOSEN, REJECTED, REF_REJECTED = golden("POLICY_CHOSEN", "REF_CHOSEN", "POLICY_REJECTED", "REF_REJECTED")
+CHOSEN, REF_CHOSEN = golden("POLICY_CHOSEN", "REF_CHOSEN")
+REJECTED, REF_REJECTED = golden("POLICY_REJECTED", "REF_REJECTED")
 POLICY_KL, REF_KL = golden("POLICY_KL", "REF_KL")
 BOTH, REF_BOTH = torch.cat([CHOSEN, REJECTED]), torch.cat([REF_CHOSEN, REF_REJECTED])
 LABELS = torch.tensor([1] * 6 + [0] * 6)
@@ -49,15 +63,17 @@ LABELS = torch.tensor([1] * 6 + [0] * 6)
 @pytest.mark.parametrize("beta", goldens.DPO)
 def test_golden_dpo(beta):
     assert close(dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta), goldens.DPO[beta])
-    pair = una_pair_loss(implicit_reward(CHOSEN, REF_CHOSEN, beta), implicit_reward(REJECTED, REF_REJECTED, beta))
-    assert close(pair, goldens.DPO[beta])
+    chosen = implicit_reward(CHOSEN, REF_CHOSEN, beta)
+    rejected = implicit_reward(REJECTED, REF_REJECTED, beta)
+    assert close(una_pair_loss(chosen, rejected), goldens.DPO[beta])
     assert not close(dpo_loss(REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN, beta), goldens.DPO[beta])
 
 
 @pytest.mark.parametrize("beta", goldens.IPO)
 def test_golden_ipo(beta):
-    margin = implicit_reward(CHOSEN, REF_CHOSEN, beta) - implicit_reward(REJECTED, REF_REJECTED, beta)
-    assert close(una_reward_loss(margin, 0.5) / beta**2, goldens.IPO[beta])
+    chosen = implicit_reward(CHOSEN, REF_CHOSEN, beta)
+    rejected = implicit_reward(REJECTED, REF_REJECTED, beta)
+    assert close(una_reward_loss(chosen - rejected, 0.5) / beta**2, goldens.IPO[beta])
 
 
 @pytest.mark.parametrize("beta", goldens.SPPO_HARD)
@@ -76,11 +92,13 @@ def test_golden_bco(beta):
 @pytest.mark.parametrize("beta, desirable_weight, undesirable_weight", goldens.KTO)
 def test_golden_kto(beta, desirable_weight, undesirable_weight):
     expected = sum(goldens.KTO[beta, desirable_weight, undesirable_weight], [])
-    loss = kto_loss(BOTH, REF_BOTH, LABELS, POLICY_KL, REF_KL, beta, desirable_weight, undesirable_weight)
+    loss = kto_loss(BOTH, REF_BOTH, LABELS, POLICY_KL, REF_KL, beta,
+                    desirable_weight, undesirable_weight)
     assert close(loss, expected)
     z0 = (POLICY_KL - REF_KL).mean()
     una = una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta, -beta * z0), LABELS, "mae")
-    assert close(torch.where(LABELS == 1, desirable_weight * una, undesirable_weight * una), expected)
+    weighted = torch.where(LABELS == 1, desirable_weight * una, undesirable_weight * una)
+    assert close(weighted, expected)
 
 
 @pytest.mark.parametrize("beta", goldens.KTO_CLAMPED)
@@ -89,7 +107,8 @@ def test_golden_kto_clamped(beta):
     expected = sum(goldens.KTO_CLAMPED[beta], [])
     assert (REF_KL - POLICY_KL).mean() < 0
     assert close(kto_loss(BOTH, REF_BOTH, LABELS, REF_KL, POLICY_KL, beta), expected)
-    una = lambda z0: una_binary_loss(implicit_reward(BOTH, REF_BOTH, beta, -beta * z0), LABELS, "mae")
+    reward = lambda z0: implicit_reward(BOTH, REF_BOTH, beta, -beta * z0)
+    una = lambda z0: una_binary_loss(reward(z0), LABELS, "mae")
     assert close(una(0.0), expected) and not close(una((REF_KL - POLICY_KL).mean()), expected)
 
 
@@ -97,18 +116,24 @@ def test_golden_kto_clamped(beta):
 
 @pytest.mark.parametrize("beta", [0.03, 0.1, 0.7])
 def test_map_dpo_is_the_pair_loss(beta):
-    # Rafailov et al. 2023: -log sigma(beta [log pi/pi_ref(w) - log pi/pi_ref(l)]), and -log sigma(m) = log(1 + e^-m).
+    # Rafailov et al. 2023: -log sigma(beta [log pi/pi_ref(w) - log pi/pi_ref(l)]),
+    # and -log sigma(m) = log(1 + e^-m).
     policy, ref = normals(1)(2, 20), normals(2)(2, 20)
     paper = lambda p: torch.log(1 + torch.exp(-beta * ((p[0] - p[1]) - (ref[0] - ref[1]))))
     una = lambda p, beta=beta: una_pair_loss(*implicit_reward(p, ref, beta, offset=0.8))
-    assert same(una, paper, policy) and same(lambda p: dpo_loss(p[0], p[1], ref[0], ref[1], beta), paper, policy)
-    assert not same(lambda p: una(p, beta=1.0), paper, policy)                              # missing beta
-    assert not same(lambda p: una(p.flip(0)), paper, policy)                                # swapped pair
-    assert not same(lambda p: una_pair_loss(*implicit_reward(p, ref.flip(0), beta)), paper, policy)   # their references
+    assert same(una, paper, policy)
+    assert same(lambda p: dpo_loss(p[0], p[1], ref[0], ref[1], beta), paper, policy)
+    assert not same(lambda p: una(p, beta=1.0), paper, policy)   # missing beta
+    assert not same(lambda p: una(p.flip(0)), paper, policy)   # swapped pair
+    # their references
+    assert not same(lambda p: una_pair_loss(*implicit_reward(p, ref.flip(0), beta)), paper, policy)
 
 
 def pair_of_sequences():
-    """Logits of policy and reference, tokens, response mask; row 0 is chosen, row 1 rejected. Lengths differ."""
+    """Logits of policy and reference, tokens, response mask.
+
+    Row 0 is chosen, row 1 rejected. Their lengths differ.
+    """
     normal, positions = normals(3), torch.arange(9)
     mask = torch.stack([(positions >= 2) & (positions < 8), (positions >= 4) & (positions < 7)])
     return normal(2, 9, 5), normal(2, 9, 5), normal(2, 9, 5).argmax(-1), mask
@@ -117,9 +142,10 @@ def pair_of_sequences():
 def dpo_from_logits(z):
     """DPO from logits to loss in plain words, token by token, beta = 0.3."""
     _, ref, tokens, mask = pair_of_sequences()
-    ratio = [sum((z[i, t - 1].softmax(-1)[tokens[i, t]] / ref[i, t - 1].softmax(-1)[tokens[i, t]]).log()
-                 for t in range(9) if mask[i, t]) for i in (0, 1)]
-    return torch.log(1 + torch.exp(-0.3 * (ratio[0] - ratio[1])))[None]
+    pi, pi_ref = z.softmax(-1), ref.softmax(-1)
+    rho = [sum((pi[i, t - 1, tokens[i, t]] / pi_ref[i, t - 1, tokens[i, t]]).log()
+               for t in range(9) if mask[i, t]) for i in (0, 1)]
+    return torch.log(1 + torch.exp(-0.3 * (rho[0] - rho[1])))[None]
 
 
 def una_from_logits(z, mistake=None):
@@ -147,7 +173,8 @@ def una_from_logits(z, mistake=None):
 
 
 def test_map_dpo_from_logits_to_loss():
-    # The same gradient at every logit is the same gradient at every parameter of whatever model made the logits.
+    # The same gradient at every logit is the same gradient at every parameter of whatever model
+    # made the logits.
     assert same(una_from_logits, dpo_from_logits, pair_of_sequences()[0])
 
 
@@ -161,15 +188,20 @@ def test_map_dpo_from_logits_to_loss_sees_each_mistake(mistake):
 
 
 def kto_paper(p, ref, label, z0, beta):
-    """Ethayarajh et al. 2024: lambda_y - v with lambda = 1; v is sigma of the gain over z_0, or the loss."""
+    """Ethayarajh et al. 2024: lambda_y - v with lambda = 1; v is sigma of the gain over z_0.
+
+    Where the label is 0 it is sigma of the loss.
+    """
     gain = beta * (p - ref - z0)
-    return 1 - torch.stack([1 / (1 + (-g).exp()) if up else 1 / (1 + g.exp()) for g, up in zip(gain, label)])
+    return 1 - torch.stack([1 / (1 + (-g).exp()) if desirable else 1 / (1 + g.exp())
+                            for g, desirable in zip(gain, label)])
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_map_kto_is_the_binary_loss_with_absolute_error_and_offset_minus_beta_z0(beta):
-    # 1 - sigma(t) for thumbs up, 1 - sigma(-t) = sigma(t) for thumbs down: |label - sigma(t)|, t = beta rho - beta z_0.
-    policy, ref, label = normals(4)(11), normals(5)(11), thumbs(11)
+    # 1 - sigma(t) for label 1, 1 - sigma(-t) = sigma(t) for label 0:
+    # |label - sigma(t)|, t = beta rho - beta z_0.
+    policy, ref, label = normals(4)(11), normals(5)(11), labels(11)
     policy_kl, ref_kl = normals(6)(7) + 1, normals(7)(7) - 1
     z0 = sum((policy_kl - ref_kl).tolist()) / 7
     paper = lambda p: kto_paper(p, ref, label, z0, beta)
@@ -181,31 +213,38 @@ def test_map_kto_is_the_binary_loss_with_absolute_error_and_offset_minus_beta_z0
     assert same(lambda p: kto_loss(p, ref, label, policy_kl, ref_kl, beta), paper, policy)
     for g in ("mse", "bce"):
         assert not same(lambda p: una(p, g=g), paper, policy)
-    assert not same(lambda p: una(p, offset=-z0), paper, policy)                            # offset without beta
-    assert not same(lambda p: una(p, offset=beta * z0), paper, policy)                      # its sign
-    assert not same(lambda p: una(p, offset=0.0), paper, policy)                            # no offset
-    assert not same(lambda p: una(p, beta=1.0), paper, policy)                              # missing beta
-    assert not same(lambda p: una(p, label=1 - label), paper, policy)                       # thumbs swapped
+    assert not same(lambda p: una(p, offset=-z0), paper, policy)         # offset without beta
+    assert not same(lambda p: una(p, offset=beta * z0), paper, policy)   # its sign
+    assert not same(lambda p: una(p, offset=0.0), paper, policy)         # no offset
+    assert not same(lambda p: una(p, beta=1.0), paper, policy)           # missing beta
+    assert not same(lambda p: una(p, label=1 - label), paper, policy)    # labels swapped
 
 
 def test_map_kto_weights_multiply():
     # lambda_y - lambda_y sigma(...) = lambda_y (1 - sigma(...)).
-    policy, ref, label, kl = normals(8)(11), normals(9)(11), thumbs(11), normals(10)(2, 4)
+    policy, ref, label, kl = normals(8)(11), normals(9)(11), labels(11), normals(10)(2, 4)
     weighted = lambda p: kto_loss(p, ref, label, kl[0], kl[1], 0.3, 2.0, 0.7)
     plain = lambda p: kto_loss(p, ref, label, kl[0], kl[1], 0.3)
     assert same(weighted, lambda p: torch.where(label == 1, 2.0 * plain(p), 0.7 * plain(p)), policy)
-    assert not same(weighted, lambda p: torch.where(label == 0, 2.0 * plain(p), 0.7 * plain(p)), policy)   # swapped
+    swapped = lambda p: torch.where(label == 0, 2.0 * plain(p), 0.7 * plain(p))
+    assert not same(weighted, swapped, policy)
 
 
 def test_map_bco_is_the_binary_loss_with_cross_entropy_and_offset_minus_delta():
-    # Jung et al. 2024: -log sigma(r - delta) if up, -log sigma(-(r - delta)) if down, r = beta rho.
-    policy, ref, label, delta = normals(11)(11), normals(12)(11), thumbs(11), 0.6
+    # Jung et al. 2024, with r = beta rho: -log sigma(r - delta) for label 1,
+    # -log sigma(-(r - delta)) for label 0; and -log sigma(m) = log(1 + e^-m).
+    policy, ref, label, delta = normals(11)(11), normals(12)(11), labels(11), 0.6
     shifted = lambda p: 0.3 * (p - ref) - delta
-    paper = lambda p: torch.where(label == 1, torch.log(1 + (-shifted(p)).exp()), torch.log(1 + shifted(p).exp()))
-    una = lambda p, offset=-delta, g="bce": una_binary_loss(implicit_reward(p, ref, 0.3, offset), label, g)
+    sign = 2 * label - 1
+    paper = lambda p: torch.log(1 + (-sign * shifted(p)).exp())
+
+    def una(p, offset=-delta, g="bce"):
+        return una_binary_loss(implicit_reward(p, ref, 0.3, offset), label, g)
+
     assert same(una, paper, policy)
     assert not same(lambda p: una(p, offset=delta), paper, policy)
-    assert not same(lambda p: una(p, offset=-0.3 * delta), paper, policy)                   # delta is a reward: no beta
+    # delta is a reward: no beta
+    assert not same(lambda p: una(p, offset=-0.3 * delta), paper, policy)
     assert not same(lambda p: una(p, g="mse"), paper, policy)
 
 
@@ -225,7 +264,8 @@ def test_map_ipo_is_the_reward_loss_of_the_margin_against_one_half():
 
 
 def test_map_rebel_is_the_reward_loss_of_differences():
-    # Gao et al. 2024: ((1/eta) (rho - rho') - (r - r'))^2, so beta = 1/eta. No label, and no preference: r itself.
+    # Gao et al. 2024: ((1/eta) (rho - rho') - (r - r'))^2, so beta = 1/eta.
+    # No label, and no preference: r itself.
     policy, ref, rewards, eta = normals(15)(2, 20), normals(16)(2, 20), normals(17)(2, 20), 2.5
     paper = lambda p: (((p[0] - ref[0]) - (p[1] - ref[1])) / eta - (rewards[0] - rewards[1])) ** 2
 
@@ -234,14 +274,16 @@ def test_map_rebel_is_the_reward_loss_of_differences():
         return una_reward_loss(reward[0] - reward[1], rewards[0] - rewards[1])
 
     assert same(una, paper, policy)
-    assert not same(lambda p: una(p, beta=eta), paper, policy)                              # eta for 1/eta
+    assert not same(lambda p: una(p, beta=eta), paper, policy)   # eta for 1/eta
     assert not same(lambda p: una(p, rewards=rewards.flip(0)), paper, policy)
 
 
 def test_map_sppo_is_the_reward_loss_against_plus_and_minus_one_half():
-    # Wu et al. 2024: (rho - eta (P - 1/2))^2, where P is 1 for the winner and 0 for the loser, and eta = 1/beta.
+    # Wu et al. 2024: (rho - eta (P - 1/2))^2,
+    # where P is 1 for the winner and 0 for the loser, and eta = 1/beta.
     policy, ref, eta = normals(18)(2, 20), normals(19)(2, 20), 2.5
-    paper = lambda p: (p[0] - ref[0] - eta * (1 - 0.5)) ** 2 + (p[1] - ref[1] - eta * (0 - 0.5)) ** 2
+    error = lambda p, i, P: p[i] - ref[i] - eta * (P - 0.5)
+    paper = lambda p: error(p, 0, 1) ** 2 + error(p, 1, 0) ** 2
 
     def una(p, offset=0.0, up=0.5, beta=1 / eta):
         winner, loser = implicit_reward(p, ref, beta, offset)
@@ -254,22 +296,28 @@ def test_map_sppo_is_the_reward_loss_against_plus_and_minus_one_half():
 
 
 def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
-    # Matrenok et al. 2025: (R_q - beta log Z_q - beta rho)^2, R_q the quantile of the reward among samples of pi_ref.
-    # Quantiles are uniform on [0, 1] whatever the reward, so Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
+    # Matrenok et al. 2025: (R_q - beta log Z_q - beta rho)^2, R_q the quantile of the reward among
+    # samples of pi_ref. Quantiles are uniform on [0, 1] whatever the reward, so
+    # Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
     policy, ref, beta = normals(20)(20), normals(21)(20), 0.3
     quantile = torch.sigmoid(normals(22)(20))
     log_Z = math.log(beta * (math.exp(1 / beta) - 1))
     paper = lambda p: (quantile - beta * log_Z - beta * (p - ref)) ** 2
-    una = lambda p, offset=beta * log_Z: una_reward_loss(implicit_reward(p, ref, beta, offset), quantile)
+
+    def una(p, offset=beta * log_Z):
+        return una_reward_loss(implicit_reward(p, ref, beta, offset), quantile)
+
     assert same(una, paper, policy)
-    assert not same(lambda p: una(p, offset=log_Z), paper, policy)                          # missing beta
+    assert not same(lambda p: una(p, offset=log_Z), paper, policy)   # missing beta
     assert not same(lambda p: una(p, offset=0.0), paper, policy)
 
 
 def test_map_qrpo_offset_is_the_beta_log_Z_of_eq19():
-    # Ten thousand equally likely responses with the quantiles (k - 1/2) / 10^4: the midpoint rule, error 1e-9.
+    # Ten thousand equally likely responses with the quantiles (k - 1/2) / 10^4:
+    # the midpoint rule, error 1e-9.
     beta, Y = 0.3, 10_000
-    quantiles, ref = (torch.arange(Y).double() + 0.5) / Y, torch.full((Y,), -math.log(Y), dtype=torch.float64)
+    quantiles = (torch.arange(Y).double() + 0.5) / Y
+    ref = torch.full((Y,), -math.log(Y), dtype=torch.float64)
     best, value = optimal_policy(ref, quantiles, beta)
     offset = beta * math.log(beta * (math.exp(1 / beta) - 1))
     assert close(value, offset, tol=1e-8) and not close(value, offset / beta, tol=1e-8)
@@ -277,7 +325,10 @@ def test_map_qrpo_offset_is_the_beta_log_Z_of_eq19():
 
 
 def policy_gradient(theta, ref, rewards, beta, y, baseline):
-    """REINFORCE for J on samples y, one a prompt: (r - beta rho - baseline) grad log pi, grad log pi = 1_y - pi."""
+    """REINFORCE for J on samples y, one a prompt: (r - beta rho - baseline) grad log pi.
+
+    The gradient is that by the logits: grad log pi = 1_y - pi.
+    """
     p = theta.log_softmax(-1)
     rows = torch.arange(len(y))
     advantage = rewards[rows, y] - beta * (p[rows, y] - ref[rows, y]) - baseline
@@ -285,7 +336,8 @@ def policy_gradient(theta, ref, rewards, beta, y, baseline):
 
 
 def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
-    # grad (r_phi - r_theta)^2 = -2 beta (r_phi - beta rho - b) grad log pi: REINFORCE with the offset for its baseline.
+    # grad (r_phi - r_theta)^2 = -2 beta (r_phi - beta rho - b) grad log pi:
+    # REINFORCE with the offset for its baseline.
     theta, ref, rewards = normals(23)(20, 6), normals(24)(20, 6).log_softmax(-1), normals(25)(20, 6)
     y, rows, offset = normals(26)(20, 6).argmax(-1), torch.arange(20), normals(27)(20)
 
@@ -295,31 +347,38 @@ def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
 
     advantage = rewards[rows, y] - 0.3 * (theta.log_softmax(-1) - ref)[rows, y] - offset
     assert close(una(theta), advantage**2)
-    assert close(gradient(una, theta), -2 * 0.3 * policy_gradient(theta, ref, rewards, 0.3, y, offset))
-    assert not close(gradient(una, theta), -2 * policy_gradient(theta, ref, rewards, 0.3, y, offset))   # missing beta
-    assert not close(gradient(una, theta), -2 * 0.3 * policy_gradient(theta, ref, rewards, 0.3, y, 0))  # in mean only
+    reinforce = lambda baseline: policy_gradient(theta, ref, rewards, 0.3, y, baseline)
+    assert close(gradient(una, theta), -2 * 0.3 * reinforce(offset))
+    assert not close(gradient(una, theta), -2 * reinforce(offset))    # missing beta
+    assert not close(gradient(una, theta), -2 * 0.3 * reinforce(0))   # in mean only
 
 
 def test_map_rlhf_policy_gradient_averages_to_the_gradient_of_the_objective():
     # E_{y~pi} over all six responses: the baseline is gone, and what is left is grad J.
     theta, ref, rewards = normals(28)(4, 6), normals(29)(4, 6).log_softmax(-1), normals(30)(4, 6)
     grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, 0.3), theta)
-    at = lambda y, baseline: policy_gradient(theta, ref, rewards, 0.3, torch.full((4,), y), baseline)
-    mean = lambda weights, baseline: sum(weights[:, y:y + 1] * at(y, baseline) for y in range(6))
-    assert close(mean(theta.softmax(-1), 0.0), grad_J) and close(mean(theta.softmax(-1), 2.5), grad_J)
-    assert not close(mean(ref.exp(), 0.0), grad_J)                                          # samples of another policy
+
+    def mean(weights, baseline):
+        at = lambda y: policy_gradient(theta, ref, rewards, 0.3, torch.full((4,), y), baseline)
+        return sum(weights[:, y:y + 1] * at(y) for y in range(6))
+
+    assert close(mean(theta.softmax(-1), 0.0), grad_J)
+    assert close(mean(theta.softmax(-1), 2.5), grad_J)
+    assert not close(mean(ref.exp(), 0.0), grad_J)   # samples of another policy
 
 
 # ---------------------------------------------------------------- more exact relations
 
 def test_relation_cross_entropy_of_a_pair_with_its_best_offset_is_twice_dpo_at_half_beta():
-    # -log sigma(w + b) - log sigma(-(l + b)) is smallest where w + b = -(l + b); it is -2 log sigma((w - l)/2) there.
+    # -log sigma(w + b) - log sigma(-(l + b)) is smallest where w + b = -(l + b); it is
+    # -2 log sigma((w - l)/2) there.
     # The gradient is that of the loss with the best b held fixed, since the slope in b is zero.
     policy, ref, beta = normals(31)(2, 20), normals(32)(2, 20), 0.3
 
     def pair(p, offset):
         winner, loser = implicit_reward(p, ref, beta, offset)
-        return una_binary_loss(winner, torch.ones(20), "bce") + una_binary_loss(loser, torch.zeros(20), "bce")
+        return (una_binary_loss(winner, torch.ones(20), "bce")
+                + una_binary_loss(loser, torch.zeros(20), "bce"))
 
     best = minimiser(lambda b: pair(policy, b), 20)
     dpo = lambda p, beta=beta / 2, times=2: times * dpo_loss(p[0], p[1], ref[0], ref[1], beta)
@@ -330,18 +389,21 @@ def test_relation_cross_entropy_of_a_pair_with_its_best_offset_is_twice_dpo_at_h
 
 
 def test_relation_reward_loss_of_a_pair_with_its_best_offset_is_half_of_rebel():
-    # (e_w - b)^2 + (e_l - b)^2 is smallest at the mean of the errors e, where it is (e_w - e_l)^2 / 2.
+    # (e_w - b)^2 + (e_l - b)^2 is smallest at the mean of the errors e,
+    # where it is (e_w - e_l)^2 / 2.
     policy, ref, rewards, beta = normals(33)(2, 20), normals(34)(2, 20), normals(35)(2, 20), 0.3
     pair = lambda p, offset: una_reward_loss(implicit_reward(p, ref, beta, offset), rewards).sum(0)
     best = minimiser(lambda b: pair(policy, b), 20)
-    half_rebel = lambda p: 0.5 * (beta * (p[0] - ref[0]) - beta * (p[1] - ref[1]) - (rewards[0] - rewards[1])) ** 2
+    error = lambda p: beta * (p - ref) - rewards
+    half_rebel = lambda p: 0.5 * (error(p)[0] - error(p)[1]) ** 2
     assert same(lambda p: pair(p, best), half_rebel, policy)
     assert not same(lambda p: pair(p, best), lambda p: 2 * half_rebel(p), policy)
     assert not same(lambda p: pair(p, 0.0), half_rebel, policy)
 
 
 def test_relation_cross_entropy_of_a_pair_exceeds_dpo():
-    # sigma(w) sigma(-l) < sigma(w - l), since (1 + e^-w)(1 + e^l) = 1 + e^-w + e^l + e^(l-w) > 1 + e^(l-w).
+    # sigma(w) sigma(-l) < sigma(w - l),
+    # since (1 + e^-w)(1 + e^l) = 1 + e^-w + e^l + e^(l-w) > 1 + e^(l-w).
     w, l = 3 * normals(36)(2, 1000)
     bce = una_binary_loss(w, torch.ones(1000), "bce") + una_binary_loss(l, torch.zeros(1000), "bce")
     assert (bce > una_pair_loss(w, l)).all()
@@ -349,55 +411,65 @@ def test_relation_cross_entropy_of_a_pair_exceeds_dpo():
 
 
 def test_relation_cross_entropy_has_the_minimiser_of_the_squared_error():
-    # For a soft target s too, both are smallest at r = log s/(1 - s): nothing forces one to exclude BCE for scores, as
-    # section 2.3.3 does. At its minimum BCE is not 0 but the entropy of the score.
+    # For a soft target s too, both are smallest at r = log s/(1 - s): nothing forces one to exclude
+    # BCE for scores, as section 2.3.3 does. At its minimum BCE is not 0 but the score's entropy.
     given = torch.sigmoid(normals(37)(20))
     at = torch.log(given / (1 - given))
     for g in ("mse", "bce"):
         assert close(gradient(lambda r: una_score_loss(r, given, g), at), 0.0)
         for step in (-0.1, 0.1):
             assert (una_score_loss(at + step, given, g) > una_score_loss(at, given, g)).all()
-    assert close(una_score_loss(at, given, "bce"), -given * given.log() - (1 - given) * (1 - given).log())
+    entropy = -given * given.log() - (1 - given) * (1 - given).log()
+    assert close(una_score_loss(at, given, "bce"), entropy)
 
 
 def test_relation_absolute_error_is_not_proper():
-    # A thumb is up with probability 0.7. Squared error and cross-entropy are smallest at s = 0.7; KTO's absolute error
-    # 0.7 (1 - s) + 0.3 s falls all the way to s = 1: it reports not the probability but the majority.
+    # A label is 1 with probability 0.7. Squared error and cross-entropy are smallest at s = 0.7;
+    # KTO's absolute error 0.7 (1 - s) + 0.3 s falls all the way to s = 1: it reports not the
+    # probability but the majority.
     s = torch.arange(1, 100).double() / 100
-    up, down = torch.ones(99), torch.zeros(99)
-    mean = lambda g: 0.7 * una_binary_loss(s.logit(), up, g) + 0.3 * una_binary_loss(s.logit(), down, g)
+    one = torch.ones(99)
+    loss = lambda label, g: una_binary_loss(s.logit(), label, g)
+    mean = lambda g: 0.7 * loss(one, g) + 0.3 * loss(0 * one, g)
     assert [s[mean(g).argmin()].item() for g in ("mse", "bce", "mae")] == [0.70, 0.70, 0.99]
 
 
 def test_relation_slopes_at_the_start_and_at_a_confident_mistake():
-    # |dL/dr| for a thumb up at r = 0 and at r = -10. Only DPO and BCE can still repair the confident mistake.
-    r, up = torch.tensor([0.0, -10.0]).double(), torch.ones(2)
+    # |dL/dr| for label 1 at r = 0 and at r = -10.
+    # Only DPO and BCE can still repair the confident mistake.
+    r, one = torch.tensor([0.0, -10.0]).double(), torch.ones(2)
     s, zero = torch.sigmoid(r), torch.zeros(2, dtype=torch.float64)
     slope = lambda loss: gradient(loss, r).abs()
     assert close(slope(lambda r: una_pair_loss(r, zero)), [0.5, 0.99995460], tol=1e-8)
-    assert close(slope(lambda r: una_binary_loss(r, up, "bce")), [0.5, 0.99995460], tol=1e-8)
-    assert close(slope(lambda r: una_binary_loss(r, up, "mse")), [0.25, 9.0787e-5], tol=1e-8)
-    assert close(slope(lambda r: kto_loss(r, zero, up, zero, zero, 1.0)), [0.25, 4.5396e-5], tol=1e-8)
-    assert close(slope(lambda r: una_binary_loss(r, up, "mae")), s * (1 - s))
+    assert close(slope(lambda r: una_binary_loss(r, one, "bce")), [0.5, 0.99995460], tol=1e-8)
+    assert close(slope(lambda r: una_binary_loss(r, one, "mse")), [0.25, 9.0787e-5], tol=1e-8)
+    kto = lambda r: kto_loss(r, zero, one, zero, zero, 1.0)
+    assert close(slope(kto), [0.25, 4.5396e-5], tol=1e-8)
+    assert close(slope(lambda r: una_binary_loss(r, one, "mae")), s * (1 - s))
 
 
 def test_printed_kto_reference_point_is_a_KL_and_not_beta_log_Z():
-    # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 where the policy is the reference, but Z depends on pi_ref and r
-    # alone, whatever the policy; and at the optimum beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
+    # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 where the policy is the reference, but Z
+    # depends on pi_ref and r alone, whatever the policy; and at the optimum
+    # beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
     ref, rewards, beta = normals(38)(6).log_softmax(-1), normals(39)(6), 0.4
     best, value = optimal_policy(ref, rewards, beta)
     KL = (best.exp() * (best - ref)).sum()
-    assert close(beta * KL, (best.exp() * rewards).sum() - value) and (beta * KL - value).abs() > 0.1
-    policy, up = normals(40)(6), torch.ones(6)
-    with_log_Z = una_binary_loss(implicit_reward(policy, ref, beta, -value), up, "mae")
-    assert not close(kto_loss(policy, ref, up, ref, ref, beta), with_log_Z)
+    assert close(beta * KL, (best.exp() * rewards).sum() - value)
+    assert (beta * KL - value).abs() > 0.1
+    policy, one = normals(40)(6), torch.ones(6)
+    with_log_Z = una_binary_loss(implicit_reward(policy, ref, beta, -value), one, "mae")
+    assert not close(kto_loss(policy, ref, one, ref, ref, beta), with_log_Z)
 
 
 # ---------------------------------------------------------------- what all losses have in common
 
 def losses(B):
-    """Each as a function of B rewards (for KTO and DPO: of B log-probabilities), with all else fixed for each row."""
-    other, score, label = normals(50)(B), torch.sigmoid(normals(51)(B)), thumbs(B)
+    """Each as a function of B rewards, with all else fixed for each row.
+
+    KTO and DPO are functions of B log-probabilities.
+    """
+    other, score, label = normals(50)(B), torch.sigmoid(normals(51)(B)), labels(B)
     kl = normals(52)(2, 5) + torch.tensor([[1.0], [-1.0]])
     return {
         "reward model": lambda r, i=slice(None): reward_model_loss(r, other[i]),
@@ -410,13 +482,14 @@ def losses(B):
         "binary mae": lambda r, i=slice(None): una_binary_loss(r, label[i], "mae"),
         "binary bce": lambda r, i=slice(None): una_binary_loss(r, label[i], "bce"),
         "dpo": lambda r, i=slice(None): dpo_loss(r, 0 * r, other[i], score[i], 0.3),
-        "kto": lambda r, i=slice(None): kto_loss(r, other[i], label[i], kl[0], kl[1], 0.3, 1.2, 0.8),
+        "kto": lambda r, i=slice(None): kto_loss(r, other[i], label[i], *kl, 0.3, 1.2, 0.8),
     }
 
 
 @pytest.mark.parametrize("name", losses(1))
 def test_loss_of_a_batch_is_that_of_its_rows(name):
-    # One value for each example, from that example alone: a batch may be split, shuffled, or mixed with other feedback.
+    # One value for each example, from that example alone:
+    # a batch may be split, shuffled, or mixed with other feedback.
     loss, reward, order = losses(7)[name], 2 * normals(53)(7), torch.tensor([3, 0, 6, 5, 1, 4, 2])
     whole = loss(reward)
     assert whole.shape == (7,) and whole.dtype == torch.float64
@@ -427,7 +500,8 @@ def test_loss_of_a_batch_is_that_of_its_rows(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", losses(1))
 def test_loss_and_gradient_are_finite_at_extreme_rewards(name, dtype):
-    # log(sigmoid(-1000)) would be -inf, and its gradient nan. All four combinations of sign and label.
+    # log(sigmoid(-1000)) would be -inf, and its gradient nan.
+    # All four combinations of sign and label.
     extreme = torch.tensor([1000.0, 1000.0, -1000.0, -1000.0, 0.0, 0.0], dtype=dtype)
     loss = losses(6)[name]
     assert loss(extreme).isfinite().all() and (loss(extreme) >= 0).all()
@@ -436,17 +510,20 @@ def test_loss_and_gradient_are_finite_at_extreme_rewards(name, dtype):
 
 def test_loss_of_an_extreme_reward_is_its_size_where_it_is_a_log_loss():
     # -log sigma(-1000) = 1000 up to e^-1000.
-    r, zero, label = torch.tensor([1000.0, -1000.0]).double(), torch.zeros(2).double(), torch.tensor([0, 1])
-    assert close(una_binary_loss(r, label, "bce"), 1000.0) and close(una_pair_loss(-r.abs(), zero), 1000.0)
-    assert close(reward_model_loss(-r.abs(), zero), 1000.0) and close(dpo_loss(-r.abs(), zero, zero, zero, 1.0), 1000.0)
+    r, zero = torch.tensor([1000.0, -1000.0]).double(), torch.zeros(2).double()
+    label = torch.tensor([0, 1])
+    assert close(una_binary_loss(r, label, "bce"), 1000.0)
+    assert close(una_pair_loss(-r.abs(), zero), 1000.0)
+    assert close(reward_model_loss(-r.abs(), zero), 1000.0)
+    assert close(dpo_loss(-r.abs(), zero, zero, zero, 1.0), 1000.0)
     assert close(gradient(lambda r: una_binary_loss(r, label, "bce"), r), [1.0, -1.0])
-    log_sigmoid = lambda r: -torch.log(torch.sigmoid(r))                                    # what one would write first
+    log_sigmoid = lambda r: -torch.log(torch.sigmoid(r))   # what one would write first
     assert log_sigmoid(r).isinf().any() and gradient(log_sigmoid, r).isnan().any()
 
 
 def test_losses_at_the_first_step():
     # pi = pi_ref: rho = 0 exactly, so every reward is 0 and every score 1/2, whatever the labels.
-    logprob, label = normals(54)(8) - 20, thumbs(8)
+    logprob, label = normals(54)(8) - 20, labels(8)
     reward = implicit_reward(logprob, logprob.clone(), 0.1)
     assert (reward == 0).all() and close(implicit_score(reward), 0.5)
     assert close(dpo_loss(logprob, logprob - 3, logprob, logprob - 3, 0.1), math.log(2))
@@ -469,7 +546,8 @@ def test_labels_may_be_bool_int_or_float(name):
     for dtype in (torch.bool, torch.int32, torch.float32, torch.float64):
         assert BINARY[name](reward, label.to(dtype)).equal(BINARY[name](reward, label))
     for g in ("mse", "bce", "mae"):
-        assert una_binary_loss(reward, label.bool(), g).equal(una_binary_loss(reward, label.double(), g))
+        loss = lambda label: una_binary_loss(reward, label, g)
+        assert loss(label.bool()).equal(loss(label.double()))
 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.3, 2.0, float("nan")])
@@ -487,15 +565,98 @@ def test_int_labels_other_than_zero_and_one_are_rejected():
             binary(normals(57)(3), torch.tensor([1, -1, 0]))
 
 
+# ---------------------------------------------------------------- shapes
+
+# Each function of tensors that must be alike. Any values in [0, 1] will do, and for labels 0 or 1.
+ALIKE = {
+    "reward_model_loss": (reward_model_loss, 2),
+    "implicit_reward": (lambda logprob, ref: implicit_reward(logprob, ref, 0.3), 2),
+    "una_reward_loss": (una_reward_loss, 2),
+    "una_score_loss mse": (lambda r, score: una_score_loss(r, score, "mse"), 2),
+    "una_score_loss mae": (lambda r, score: una_score_loss(r, score, "mae"), 2),
+    "una_score_loss bce": (lambda r, score: una_score_loss(r, score, "bce"), 2),
+    "una_binary_loss": (lambda r, label: una_binary_loss(r, label), 2),
+    "una_pair_loss": (una_pair_loss, 2),
+    "dpo_loss": (lambda *four: dpo_loss(*four, 0.3), 4),
+    "kto_loss": (lambda *three: kto_loss(*three, torch.ones(3), torch.zeros(3), 0.3), 3),
+    "kto_loss kl": (lambda *kl: kto_loss(*torch.ones(3, 5), *kl, 0.3), 2),
+}
+
+
+@pytest.mark.parametrize("name, i", [(name, i) for name, (_, n) in ALIKE.items() for i in range(n)])
+def test_shapes_that_would_broadcast_are_rejected_and_named(name, i):
+    # (B, 1) against (B,) becomes (B, B), all against all. (1,) and () would stand for all rows.
+    function, n = ALIKE[name]
+    for shape in ((4, 1), (1,), (1, 4), ()):
+        arguments = [torch.ones(4)] * n
+        arguments[i] = torch.ones(shape)
+        with pytest.raises(ValueError) as error:
+            function(*arguments)
+        assert "shapes differ" in str(error.value)
+        assert str(shape) in str(error.value) and "(4,)" in str(error.value)
+
+
+def test_shapes_are_told_by_the_names_of_the_arguments():
+    four, wide = torch.ones(4), torch.ones(4, 1)
+    for function, names in ((una_reward_loss, ("implicit", "explicit_reward")),
+                            (una_score_loss, ("implicit", "explicit_score")),
+                            (una_binary_loss, ("implicit", "label")),
+                            (una_pair_loss, ("chosen_reward", "rejected_reward"))):
+        with pytest.raises(ValueError) as error:
+            function(four, wide)
+        assert str(error.value) == f"shapes differ: {names[0]} (4,), {names[1]} (4, 1)"
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_shapes_that_do_not_even_broadcast_are_rejected_in_the_same_words(name):
+    function, n = ALIKE[name]
+    with pytest.raises(ValueError, match=r"shapes differ.*\(4,\).*\(3,\)"):
+        function(*[torch.ones(4)] * (n - 1), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1), (2, 3)])
+def test_shapes_that_are_alike_are_kept(name, shape):
+    function, n = ALIKE[name]
+    assert function(*[torch.ones(shape)] * n).shape == (shape if name != "kto_loss kl" else (5,))
+
+
+def test_shapes_that_broadcast_would_train_something_else():
+    # The mean over all against all is not the mean of the losses: this is what is refused.
+    implicit, given = normals(64)(2, 4)
+    all_against_all = (given - implicit[:, None]) ** 2
+    assert all_against_all.shape == (4, 4)
+    assert not close(all_against_all.mean(), una_reward_loss(implicit, given).mean())
+
+
+def test_shapes_a_number_fits_any_explicit_reward():
+    implicit = normals(65)(4)
+    assert una_reward_loss(implicit, 0.5).equal(una_reward_loss(implicit, implicit * 0 + 0.5))
+
+
+def test_shapes_an_offset_may_broadcast_to_the_log_probabilities_and_not_widen_them():
+    logprob, ref = normals(66)(2, 4, 6)
+    for shape in ((), (6,), (1, 6), (4, 1), (4, 6)):
+        offset = normals(67)(24)[:math.prod(shape)].view(shape)
+        expected = 0.3 * (logprob - ref) + offset.expand(4, 6)
+        assert close(implicit_reward(logprob, ref, 0.3, offset), expected)
+    for shape in ((4, 1), (1, 1), (4, 4)):
+        with pytest.raises(ValueError) as error:
+            implicit_reward(logprob[:, 0], ref[:, 0], 0.3, torch.zeros(shape))
+        assert f"logprob (4,), offset {shape}" in str(error.value)
+
+
 # ---------------------------------------------------------------- KTO's reference point
 
 @pytest.mark.parametrize("label", [[1], [0], [1, 1, 1], [0, 0, 0], [1, 0, 0, 1, 0]])
 @pytest.mark.parametrize("K", [1, 4])
 def test_kto_takes_any_batch_and_any_number_of_mismatched_pairs(label, K):
     B, label = len(label), torch.tensor(label)
-    policy, ref, kl = normals(58)(B), normals(59)(B), normals(60)(2, K) + torch.tensor([[1.0], [-1.0]])
+    policy, ref = normals(58)(B), normals(59)(B)
+    kl = normals(60)(2, K) + torch.tensor([[1.0], [-1.0]])
     z0 = sum((kl[0] - kl[1]).tolist()) / K
-    assert z0 > 0 and close(kto_loss(policy, ref, label, kl[0], kl[1], 0.3), kto_paper(policy, ref, label, z0, 0.3))
+    loss = kto_loss(policy, ref, label, kl[0], kl[1], 0.3)
+    assert z0 > 0 and close(loss, kto_paper(policy, ref, label, z0, 0.3))
 
 
 def test_kto_needs_a_mismatched_pair():
@@ -505,20 +666,25 @@ def test_kto_needs_a_mismatched_pair():
 
 
 def test_kto_reference_point_is_an_average_clamped_at_zero():
-    policy, ref, label = normals(61)(5), normals(62)(5), thumbs(5)
-    at = lambda *kl: kto_loss(policy, ref, label, torch.tensor(kl).double(), torch.zeros(len(kl)).double(), 0.3)
-    assert close(at(2.0, -1.0, 5.0), kto_paper(policy, ref, label, 2.0, 0.3))               # mean, then clamp
+    policy, ref, label = normals(61)(5), normals(62)(5), labels(5)
+
+    def at(*kl):
+        kl = torch.tensor(kl).double()
+        return kto_loss(policy, ref, label, kl, 0 * kl, 0.3)
+    assert close(at(2.0, -1.0, 5.0), kto_paper(policy, ref, label, 2.0, 0.3))   # mean, then clamp
     assert close(at(-2.0, 1.0), kto_paper(policy, ref, label, 0.0, 0.3))
-    assert not close(at(-2.0, 1.0), kto_paper(policy, ref, label, 0.5, 0.3))                # clamp, then mean
-    assert not close(at(-2.0, 1.0), kto_paper(policy, ref, label, -0.5, 0.3))               # no clamp
+    assert not close(at(-2.0, 1.0), kto_paper(policy, ref, label, 0.5, 0.3))    # clamp, then mean
+    assert not close(at(-2.0, 1.0), kto_paper(policy, ref, label, -0.5, 0.3))   # no clamp
 
 
 def test_kto_no_gradient_flows_through_the_reference_point():
-    # z_0 is held constant: with the very same log-probabilities in both places the gradient is that with z_0 a number.
-    logprob, ref, label = normals(63)(5) + 1, normals(64)(5) - 1, thumbs(5)
+    # z_0 is held constant: with the very same log-probabilities in both places the gradient is that
+    # with z_0 a number.
+    logprob, ref, label = normals(63)(5) + 1, normals(64)(5) - 1, labels(5)
     z0 = (logprob - ref).mean()
     constant = gradient(lambda p: kto_paper(p, ref, label, z0, 0.3), logprob)
     assert close(gradient(lambda p: kto_loss(p, ref, label, p, ref, 0.3), logprob), constant)
-    assert not close(gradient(lambda p: kto_paper(p, ref, label, (p - ref).mean(), 0.3), logprob), constant)
+    flowing = gradient(lambda p: kto_paper(p, ref, label, (p - ref).mean(), 0.3), logprob)
+    assert not close(flowing, constant)
     kl = logprob.clone().requires_grad_()
     assert not kto_loss(logprob, ref, label, kl, ref, 0.3).requires_grad

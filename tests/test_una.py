@@ -1,8 +1,9 @@
 """The paper, equation by equation: una.py against something written independently of it.
 
-test_eqNN_... is about Eq. NN, in the paper's order; test_printed_... shows where an equation fails as it is printed.
-Most of it happens in a world small enough to list, X prompts with Y responses each: expectations are sums, and nothing
-is sampled. Wherever two things are claimed to be equal, the nearest wrong version must fail the same comparison.
+test_eqNN_... is about Eq. NN, in the paper's order; test_printed_... shows where an equation fails
+as it is printed. Most of it happens in a world small enough to list, X prompts with Y responses
+each: expectations are sums, and nothing is sampled. Wherever two things are claimed to be equal,
+the nearest wrong version must fail the same comparison.
 """
 import ast
 import inspect
@@ -15,8 +16,21 @@ import torch.nn.functional as F
 
 import una
 from helpers import close, gradient, normals
-from una import (dpo_loss, implicit_reward, implicit_score, optimal_policy, reward_model_loss, rlhf_objective,
-                 sequence_logprob, una_binary_loss, una_pair_loss, una_reward_loss, una_score_loss)
+from una import (
+    dpo_loss,
+    estimated_offset,
+    implicit_reward,
+    implicit_score,
+    optimal_policy,
+    reward_model_loss,
+    rlhf_objective,
+    sequence_logprob,
+    token_logprobs,
+    una_binary_loss,
+    una_pair_loss,
+    una_reward_loss,
+    una_score_loss,
+)
 
 
 def world(seed, X=3, Y=6):
@@ -31,9 +45,13 @@ def on_policy(loss, logprobs):
 
 
 def fit(loss, ref):
-    """Train a softmax policy from pi_ref, one logit a response, until the gradient of the summed loss is zero."""
+    """Train a softmax policy from pi_ref, one logit a response, until the loss's gradient is zero.
+
+    The loss is summed over prompts and responses.
+    """
     logits = ref.clone().requires_grad_()
-    optimizer = torch.optim.Rprop([logits], step_sizes=(1e-15, 1.0))       # needs gradients only, and is deterministic
+    # needs gradients only, and is deterministic
+    optimizer = torch.optim.Rprop([logits], step_sizes=(1e-15, 1.0))
     for _ in range(1000):
         optimizer.zero_grad()
         loss(logits.log_softmax(-1)).sum().backward()
@@ -44,10 +62,14 @@ def fit(loss, ref):
 
 
 def root(f, low, high):
-    """Where the increasing functions f, one for each element of the tensors low < high, cross zero, by bisection."""
+    """Where increasing functions f cross zero, by bisection.
+
+    There is one function for each element of the tensors low < high.
+    """
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = torch.where(f(middle) < 0, middle, low), torch.where(f(middle) < 0, high, middle)
+        below = f(middle) < 0
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high) / 2
 
 
@@ -76,17 +98,22 @@ def test_logprob_is_the_sum_of_the_response_tokens_log_softmax():
     logits, tokens, mask = batch(1)
     expected = sequence_logprob(logits, tokens, mask)
     assert close(expected, looped_logprob(logits, tokens, mask))
-    assert not close(expected, looped_logprob(logits, tokens, mask, shift=0))              # labels not shifted
-    assert not close(expected, looped_logprob(logits, tokens, mask) / mask.sum(-1))        # mean for sum
-    assert not close(expected, looped_logprob(logits, tokens, spans(9, (3, 9), (1, 9), (5, 9))))   # padding counted
-    assert not close(expected, looped_logprob(logits, tokens, spans(9, (1, 7), (1, 3), (1, 9))))   # prompt counted
-    assert not close(expected, looped_logprob(logits, tokens, mask & mask.roll(1, -1)))    # first token forgotten
-    assert not close(expected, looped_logprob(logits, tokens, mask & mask.roll(-1, -1)))   # end-of-text forgotten
+    assert not close(expected, looped_logprob(logits, tokens, mask, shift=0))   # labels not shifted
+    assert not close(expected, looped_logprob(logits, tokens, mask) / mask.sum(-1))   # mean for sum
+    # padding counted
+    assert not close(expected, looped_logprob(logits, tokens, spans(9, (3, 9), (1, 9), (5, 9))))
+    # prompt counted
+    assert not close(expected, looped_logprob(logits, tokens, spans(9, (1, 7), (1, 3), (1, 9))))
+    # first token forgotten
+    assert not close(expected, looped_logprob(logits, tokens, mask & mask.roll(1, -1)))
+    # end-of-text forgotten
+    assert not close(expected, looped_logprob(logits, tokens, mask & mask.roll(-1, -1)))
 
 
 def test_logprob_of_all_responses_adds_up_to_probability_one():
-    # By the chain rule the leaves of a prefix tree share out the probability 1, whatever is predicted at each prefix.
-    # Responses of at most three tokens from {a, b, end}, cut at three: 15 leaves. Padding is `end` too.
+    # By the chain rule the leaves of a prefix tree share out the probability 1, whatever is
+    # predicted at each prefix. Responses of at most three tokens from {a, b, end}, cut at three: 15
+    # leaves. Padding is `end` too.
     normal, end = normals(2), 2
     responses = [y for n in (1, 2, 3) for y in product((0, 1, end), repeat=n)
                  if end not in y[:-1] and (n == 3 or y[-1] == end)]
@@ -99,27 +126,30 @@ def test_logprob_of_all_responses_adds_up_to_probability_one():
     logprobs = sequence_logprob(logits, tokens, spans(4, *[(1, 1 + len(y)) for y in responses]))
     lengths = torch.tensor([len(y) for y in responses])
     assert close(logprobs.exp().sum(), 1.0)
-    assert not close((logprobs / lengths).exp().sum(), 1.0)                                 # mean for sum
-    assert not close(sequence_logprob(logits, tokens, spans(4, *[(1, 4)] * 15)).exp().sum(), 1.0)   # padding counted
+    assert not close((logprobs / lengths).exp().sum(), 1.0)   # mean for sum
+    # padding counted
+    assert not close(sequence_logprob(logits, tokens, spans(4, *[(1, 4)] * 15)).exp().sum(), 1.0)
 
 
 def test_logprob_is_zero_where_all_mass_is_on_the_next_token():
     _, tokens, mask = batch(3)
     certain = 1000.0 * F.one_hot(tokens, 7).double()
     assert close(sequence_logprob(certain.roll(-1, 1), tokens, mask), 0.0)
-    assert (sequence_logprob(certain, tokens, mask) < -100).all()                           # mass on the token itself
+    assert (sequence_logprob(certain, tokens, mask) < -100).all()   # mass on the token itself
 
 
 @pytest.mark.parametrize("left, right", [(0, 1), (0, 6), (1, 0), (6, 0), (2, 3)])
 def test_logprob_ignores_padding_on_either_side(left, right):
     logits, tokens, mask = batch(4)
     expected = sequence_logprob(logits, tokens, mask)
-    logits, tokens = F.pad(logits, (0, 0, left, right), value=5.0), F.pad(tokens, (left, right), value=6)
-    assert close(sequence_logprob(logits, tokens, F.pad(mask, (left, right))), expected, tol=1e-14)
+    logits = F.pad(logits, (0, 0, left, right), value=5.0)
+    tokens, mask = F.pad(tokens, (left, right), value=6), F.pad(mask, (left, right))
+    assert close(sequence_logprob(logits, tokens, mask), expected, tol=1e-14)
 
 
 def test_logprob_counts_end_of_text_once_where_padding_is_end_of_text_too():
-    # Prompt 0, response (1, end), then padding with the same id as end: log p(1|0) + log p(end|0 1), and nothing else.
+    # Prompt 0, response (1, end), then padding with the same id as end:
+    # log p(1|0) + log p(end|0 1), and nothing else.
     end = 2
     logits, tokens = normals(5)(1, 6, 3), torch.tensor([[0, 1, end, end, end, end]])
     p = logits.softmax(-1)[0]
@@ -127,8 +157,9 @@ def test_logprob_counts_end_of_text_once_where_padding_is_end_of_text_too():
     assert close(sequence_logprob(logits, tokens, spans(6, (1, 3))), expected)
     from_ids = tokens != end
     from_ids[:, 0] = False
-    assert not close(sequence_logprob(logits, tokens, from_ids), expected)   # a mask made from ids: never
-    assert not close(sequence_logprob(logits, tokens, spans(6, (1, 6))), expected)          # or four times
+    # a mask made from ids: never
+    assert not close(sequence_logprob(logits, tokens, from_ids), expected)
+    assert not close(sequence_logprob(logits, tokens, spans(6, (1, 6))), expected)   # or four times
 
 
 def test_logprob_depends_only_on_the_logits_one_before_each_response_token():
@@ -142,7 +173,79 @@ def test_logprob_depends_only_on_the_logits_one_before_each_response_token():
 def test_logprob_never_reads_ids_outside_the_response(garbage):
     logits, tokens, mask = batch(7)
     expected = sequence_logprob(logits, tokens, mask)
-    assert close(sequence_logprob(logits, tokens.masked_fill(~mask, garbage), mask), expected, tol=0)
+    tokens = tokens.masked_fill(~mask, garbage)
+    assert close(sequence_logprob(logits, tokens, mask), expected, tol=0)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_logprob_has_its_exact_gradient_whatever_logits_stand_outside(garbage):
+    # A left-padded batch makes NaN where nothing may be attended to. Outside is all but the
+    # positions one before each response token; the gradient there is 0 exactly.
+    clean, tokens, mask = batch(16)
+    outside = ~F.pad(mask[:, 1:], (0, 1))
+    logits = clean.masked_fill(outside[..., None], garbage)
+    naive = lambda z: (z[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+                       - z[:, :-1].logsumexp(-1)).where(mask[:, 1:], 0.0).sum(-1)
+    for logprob in (lambda z: sequence_logprob(z, tokens, mask),
+                    lambda z: token_logprobs(z, tokens, mask).sum(-1)):
+        assert close(logprob(logits), looped_logprob(clean, tokens, mask))
+        slope = gradient(logprob, logits)
+        assert close(slope, gradient(lambda z: looped_logprob(z, tokens, mask), clean))
+        assert (slope[outside] == 0).all()
+    assert close(naive(logits), looped_logprob(clean, tokens, mask))
+    assert gradient(naive, logits).isnan().any()   # where's 0, times what logsumexp made of it
+
+
+def test_logprob_of_a_masked_vocabulary_is_that_of_the_vocabulary_that_is_left():
+    # A logit of -inf takes a token out: p = 0, and the gradient 1_k - p is 0 there and finite at
+    # the others. If all but one are out, that one is certain.
+    logits, tokens, mask = batch(17)
+    out = (torch.arange(7) >= 4) & (torch.arange(7) != tokens.roll(-1, 1)[..., None])
+    masked, used = logits.masked_fill(out, -math.inf), F.pad(mask[:, 1:], (0, 1))
+    p = logits.exp().where(~out, 0.0)
+    p = p / p.sum(-1, keepdim=True)
+    chosen = F.one_hot(tokens.roll(-1, 1), 7).double()
+    expected = ((p * chosen).sum(-1).log() * used).sum(-1)
+    logprob = lambda z: sequence_logprob(z, tokens, mask)
+    assert close(logprob(masked), expected) and not close(logprob(logits), expected)
+    assert close(gradient(logprob, masked), (chosen - p) * used[..., None])
+    certain = logits.masked_fill(chosen == 0, -math.inf)
+    assert close(logprob(certain), 0.0) and close(gradient(logprob, certain), 0.0)
+
+
+class Float32Sizes(torch.overrides.TorchFunctionMode):
+    """While it is on, collects the number of elements of every float32 tensor that comes about."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if torch.is_tensor(result) and result.dtype == torch.float32:
+            self.seen.append(result.numel())
+        return result
+
+
+def test_logprob_copies_no_more_than_the_response_to_float32():
+    # Logits are what fills the memory. Here 8 of 512 positions are of the response.
+    logits = torch.zeros(1, 512, 50, dtype=torch.bfloat16)
+    tokens, mask = torch.zeros(1, 512, dtype=torch.long), spans(512, (504, 512))
+    with Float32Sizes() as sizes:
+        sequence_logprob(logits, tokens, mask)
+    assert max(sizes.seen) == max(8 * 50, 511)   # the response's logits, or the (1, T-1) result
+    with Float32Sizes() as sizes:
+        logits[:, :-1].float().logsumexp(-1)
+    assert max(sizes.seen) == 511 * 50
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
+def test_logprob_rejects_a_mask_that_is_not_bool(dtype):
+    # A tokenizer's mask is made of integers 0 and 1. As indices they would mean something else.
+    logits, tokens, mask = batch(18)
+    for function in (sequence_logprob, token_logprobs):
+        with pytest.raises(ValueError, match=f"must be bool, got {dtype}"):
+            function(logits, tokens, mask.to(dtype))
 
 
 def test_logprob_leaves_its_arguments_as_they_were():
@@ -168,12 +271,15 @@ def test_logprob_rejects_a_response_at_position_zero():
 
 
 def test_logprob_of_bf16_logits_is_computed_in_float32():
-    # bf16 has 8 bits: a log-probability near -40 comes in steps of 1/4. The logits are rounded, the sum must not be.
+    # bf16 has 8 bits: a log-probability near -40 comes in steps of 1/4.
+    # The logits are rounded, the sum must not be.
     logits, tokens, mask = batch(11)
     rounded = logits.bfloat16()
-    logprob, exact = sequence_logprob(rounded, tokens, mask), looped_logprob(rounded.double(), tokens, mask)
+    logprob = sequence_logprob(rounded, tokens, mask)
+    exact = looped_logprob(rounded.double(), tokens, mask)
     assert logprob.dtype == torch.float32 and close(logprob.double(), exact, tol=1e-5)
-    assert not close(looped_logprob(rounded, tokens, mask).double(), exact, tol=1e-5)   # log-softmax of bf16, in bf16
+    # log-softmax of bf16, in bf16
+    assert not close(looped_logprob(rounded, tokens, mask).double(), exact, tol=1e-5)
 
 
 def test_logprob_raises_16_bits_to_32_and_keeps_32_and_64():
@@ -190,9 +296,10 @@ def test_logprob_gather_minus_logsumexp_is_log_softmax_then_gather():
         logprobs = z[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         return (logprobs * mask[:, 1:]).sum(-1)
 
-    assert close(sequence_logprob(logits, tokens, mask), log_softmax_gather(logits))
-    assert close(gradient(lambda z: sequence_logprob(z, tokens, mask), logits), gradient(log_softmax_gather, logits))
-    assert torch.autograd.gradcheck(lambda z: sequence_logprob(z, tokens, mask), logits.requires_grad_())
+    ours = lambda z: sequence_logprob(z, tokens, mask)
+    assert close(ours(logits), log_softmax_gather(logits))
+    assert close(gradient(ours, logits), gradient(log_softmax_gather, logits))
+    assert torch.autograd.gradcheck(ours, logits.requires_grad_())
 
 
 def test_logprob_is_finite_for_huge_logits():
@@ -202,11 +309,13 @@ def test_logprob_is_finite_for_huge_logits():
 
 
 def test_logprob_is_a_sum_so_that_doubling_independent_tokens_doubles_rho():
-    # If all positions predict the same distribution, pi(yy) = pi(y)^2 and log pi/pi_ref doubles. A mean would not move.
+    # If all positions predict the same distribution, pi(yy) = pi(y)^2 and log pi/pi_ref doubles.
+    # A mean would not move.
     normal = normals(15)
     policy, ref = normal(1, 1, 7).expand(1, 9, 7), normal(1, 1, 7).expand(1, 9, 7)
-    tokens, once, twice = torch.tensor([[0, 3, 5, 1, 6, 3, 5, 1, 6]]), spans(9, (1, 5)), spans(9, (1, 9))
-    rho, doubled = (sequence_logprob(policy, tokens, m) - sequence_logprob(ref, tokens, m) for m in (once, twice))
+    tokens = torch.tensor([[0, 3, 5, 1, 6, 3, 5, 1, 6]])
+    rho, doubled = (sequence_logprob(policy, tokens, m) - sequence_logprob(ref, tokens, m)
+                    for m in (spans(9, (1, 5)), spans(9, (1, 9))))
     assert close(doubled, 2 * rho)
     assert not close(doubled / 8, 2 * (rho / 4))
 
@@ -217,13 +326,14 @@ def test_eq01_bradley_terry_is_sigmoid_of_the_difference():
     winner, loser = normals(101)(2, 50)
     P = winner.exp() / (winner.exp() + loser.exp())
     assert close((-reward_model_loss(winner, loser)).exp(), P)
-    assert close((-reward_model_loss(loser, winner)).exp(), 1 - P)                          # one of the two must win
-    assert not close((-reward_model_loss(loser, winner)).exp(), P)                          # swapped pair
+    assert close((-reward_model_loss(loser, winner)).exp(), 1 - P)   # one of the two must win
+    assert not close((-reward_model_loss(loser, winner)).exp(), P)   # swapped pair
 
 
 def test_eq02_is_minus_log_likelihood_of_the_judges_choices():
     winner, loser = normals(102)(2, 50)
-    by_hand = [-math.log(math.exp(w) / (math.exp(w) + math.exp(l))) for w, l in zip(winner.tolist(), loser.tolist())]
+    by_hand = [-math.log(math.exp(w) / (math.exp(w) + math.exp(l)))
+               for w, l in zip(winner.tolist(), loser.tolist())]
     assert close(reward_model_loss(winner, loser), by_hand)
 
 
@@ -236,9 +346,11 @@ def test_eq02_gradient_is_what_the_model_gets_wrong():
 
 
 def test_eq02_best_reward_model_predicts_the_frequencies_of_the_choices():
-    # y_1 beats y_2 in 30 of 40 judgements: the likelihood is greatest where sigma(r_1 - r_2) = 30/40, that is at log 3.
-    margin = root(lambda m: gradient(lambda m: 30 * reward_model_loss(m, 0 * m) + 10 * reward_model_loss(0 * m, m), m),
-                  torch.tensor([-9.0]).double(), torch.tensor([9.0]).double())
+    # y_1 beats y_2 in 30 of 40 judgements: the likelihood is greatest where
+    # sigma(r_1 - r_2) = 30/40, that is at log 3.
+    loss = lambda m: 30 * reward_model_loss(m, 0 * m) + 10 * reward_model_loss(0 * m, m)
+    nine = torch.tensor([9.0]).double()
+    margin = root(lambda m: gradient(loss, m), -nine, nine)
     assert close(margin, math.log(3))
 
 
@@ -249,23 +361,27 @@ def test_eq03_is_mean_reward_minus_beta_KL():
     by_hand = [sum(p * r - beta * p * math.log(p / q) for p, q, r in zip(*row))
                for row in zip(logprobs.exp().tolist(), ref.exp().tolist(), rewards.tolist())]
     assert close(rlhf_objective(logprobs, ref, rewards, beta), by_hand)
-    assert not close(rlhf_objective(ref, logprobs, rewards, beta), by_hand)   # policy and reference swapped
+    # policy and reference swapped
+    assert not close(rlhf_objective(ref, logprobs, rewards, beta), by_hand)
 
 
 def test_eq03_KL_is_that_of_torch_distributions():
     p, q = normals(106)(2, 3, 6).log_softmax(-1)
-    KL = torch.distributions.kl_divergence(*[torch.distributions.Categorical(logits=policy) for policy in (p, q)])
+    categorical = torch.distributions.Categorical
+    KL = torch.distributions.kl_divergence(categorical(logits=p), categorical(logits=q))
     assert close(rlhf_objective(p, q, torch.zeros_like(p), 2.0), -2.0 * KL)
 
 
 def test_eq03_without_beta_is_the_mean_reward_and_at_the_reference_too():
     (ref, rewards), logprobs = world(107), normals(108)(3, 6).log_softmax(-1)
     assert close(rlhf_objective(logprobs, ref, rewards, 0.0), (logprobs.exp() * rewards).sum(-1))
-    assert close(rlhf_objective(ref, ref, rewards, 5.0), (ref.exp() * rewards).sum(-1))     # KL(pi_ref || pi_ref) = 0
+    # KL(pi_ref || pi_ref) = 0
+    assert close(rlhf_objective(ref, ref, rewards, 5.0), (ref.exp() * rewards).sum(-1))
 
 
 def test_eq03_of_a_one_hot_policy_is_finite():
-    # p log p -> 0: the policy that always says y has J = r(y) + beta log pi_ref(y). For one prompt, and in any batch.
+    # p log p -> 0: the policy that always says y has J = r(y) + beta log pi_ref(y).
+    # For one prompt, and in any batch.
     ref, rewards = world(109, X=6)
     one_hot = torch.eye(6, dtype=torch.float64).log()
     expected = (rewards + 0.7 * ref).diagonal()
@@ -273,6 +389,41 @@ def test_eq03_of_a_one_hot_policy_is_finite():
     assert close(rlhf_objective(one_hot[2], ref[2], rewards[2], 0.7), expected[2])
     batched = [t.view(2, 3, 6) for t in (one_hot, ref, rewards)]
     assert close(rlhf_objective(*batched, 0.7), expected.view(2, 3))
+
+
+@pytest.mark.parametrize("reference_says_it", [True, False])
+def test_eq03_has_a_finite_gradient_where_a_probability_is_zero(reference_says_it):
+    # dJ / d log pi = p (r - beta rho) - beta p, and 0 at the response that pi never gives, whether
+    # or not the reference gives it.
+    (ref, rewards), beta = world(188), 0.7
+    logprobs = normals(189)(3, 6).log_softmax(-1)
+    logprobs[:, 2] = -math.inf
+    if not reference_says_it:
+        ref[:, 2] = -math.inf
+    J = lambda p: rlhf_objective(p, ref, rewards, beta)
+    others = [0, 1, 3, 4, 5]
+    p, rho = logprobs[:, others].exp(), (logprobs - ref)[:, others]
+    expected = torch.zeros(3, 6).double()
+    expected[:, others] = p * (rewards[:, others] - beta * rho) - beta * p
+    assert close(J(logprobs), (p * (rewards[:, others] - beta * rho)).sum(-1))
+    assert close(gradient(J, logprobs), expected)
+
+    def naive(logprobs):
+        terms = logprobs.exp() * (rewards - beta * (logprobs - ref))
+        return terms.where(logprobs.exp() > 0, 0.0).sum(-1)
+    assert close(naive(logprobs), J(logprobs)) and gradient(naive, logprobs).isnan().any()
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_eq03_never_reads_the_reward_of_a_response_of_probability_zero(reward):
+    (ref, rewards), logprobs = world(190), normals(191)(3, 6).log_softmax(-1)
+    logprobs[:, 2] = -math.inf
+    J = lambda p, rewards: rlhf_objective(p, ref, rewards, 0.7)
+    other = rewards.clone()
+    other[:, 2] = reward
+    assert close(J(logprobs, other), J(logprobs, rewards))
+    expected = gradient(lambda p: J(p, rewards), logprobs)
+    assert close(gradient(lambda p: J(p, other), logprobs), expected)
 
 
 def test_eq03_of_a_policy_that_says_what_the_reference_never_says_is_minus_infinity():
@@ -289,9 +440,61 @@ def test_eq04_optimum_is_the_reference_tilted_by_the_reward():
     Z = weights.sum(-1)
     policy, value = optimal_policy(ref, rewards, beta)
     assert close(policy.exp(), weights / Z[:, None]) and close(value, beta * Z.log())
-    assert close(rewards, beta * (policy - ref) + value[:, None])                           # the form printed as Eq. 4
-    assert not close(rewards, (policy - ref) + value[:, None])                              # missing beta
-    assert not close(rewards, beta * (policy - ref))                                        # missing beta log Z
+    assert close(rewards, beta * (policy - ref) + value[:, None])   # the form printed as Eq. 4
+    assert not close(rewards, (policy - ref) + value[:, None])      # missing beta
+    assert not close(rewards, beta * (policy - ref))                # missing beta log Z
+
+
+def test_eq04_estimated_offset_is_unbiased_for_Z_and_below_beta_log_Z():
+    # Every draw of three of four responses there is, with its probability: no sampling error.
+    (ref, rewards), beta = world(113, X=1, Y=4), 0.4
+    ref, rewards = ref[0], rewards[0]
+    draws = torch.tensor([*product(range(4), repeat=3)])                        # (64, 3)
+    probs = ref[draws].sum(-1).exp()
+    estimates = estimated_offset(rewards[draws], beta)
+    Z = (ref.exp() * (rewards / beta).exp()).sum()
+    assert estimates.shape == (64,) and close(probs.sum(), 1.0)
+    assert close((probs * (estimates / beta).exp()).sum(), Z)
+    below = (beta * Z.log() - (probs * estimates).sum()).item()
+    assert below > 0.01                                                         # Jensen
+    without_mean = beta * (rewards[draws] / beta).logsumexp(-1)                 # forgets log N
+    assert not close((probs * (without_mean / beta).exp()).sum(), Z)
+    mean_reward = rewards[draws].mean(-1)                                       # forgets e^{r/beta}
+    assert not close((probs * (mean_reward / beta).exp()).sum(), Z)
+
+
+def test_eq04_estimated_offset_errs_by_one_over_the_root_of_N():
+    (ref, rewards), beta = world(114, X=1), 1.0
+    exact = optimal_policy(ref, rewards, beta)[1].item()
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for N in (100, 10_000):
+        draws = torch.multinomial(ref[0].exp(), 500 * N, replacement=True, generator=generator)
+        estimates = estimated_offset(rewards[0][draws].view(500, N), beta)
+        errors.append((estimates - exact).square().mean().sqrt().item())
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.15) and errors[1] < 0.02
+
+
+def test_eq04_estimated_offset_is_the_mean_reward_for_large_beta_and_the_best_for_small():
+    rewards = normals(115)(2, 3, 5)
+    assert close(estimated_offset(rewards, 1e6), rewards.mean(-1), 1e-5)
+    assert close(estimated_offset(rewards, 1e-4), rewards.amax(-1), 1e-3)       # e^{r/beta}: inf
+    for beta in (0.1, 1.0, 10.0):
+        offset, best = estimated_offset(rewards, beta), rewards.amax(-1)
+        assert (best - beta * math.log(5) <= offset).all() and (offset <= best).all()
+    assert close(estimated_offset(rewards + 7, 0.5), estimated_offset(rewards, 0.5) + 7)
+    assert close(estimated_offset(rewards[..., :1], 0.5), rewards[..., 0])      # one response
+
+
+@pytest.mark.parametrize("rewards, beta, message", [
+    (torch.ones(3), 0.0, "beta must be positive, got 0.0"),
+    (torch.ones(3), -1.0, "beta must be positive, got -1.0"),
+    (torch.ones(3), math.nan, "beta must be positive, got nan"),
+    (torch.ones(2, 0), 1.0, "at least one response"),
+])
+def test_eq04_estimated_offset_needs_a_positive_beta_and_a_response(rewards, beta, message):
+    with pytest.raises(ValueError, match=message):
+        estimated_offset(rewards, beta)
 
 
 def test_eq04_optimum_beats_ascent_and_a_thousand_random_policies():
@@ -305,9 +508,11 @@ def test_eq04_optimum_beats_ascent_and_a_thousand_random_policies():
 
 
 def test_eq04_larger_beta_smaller_KL_and_smaller_reward():
-    # With t = 1/beta and under pi*: d E[r] / dt = Var(r) > 0 and d KL / dt = t Var(r) > 0. So both fall as beta grows.
+    # With t = 1/beta and under pi*: d E[r] / dt = Var(r) > 0 and d KL / dt = t Var(r) > 0.
+    # So both fall as beta grows.
     ref, rewards = world(113)
-    policies = [optimal_policy(ref, rewards, beta)[0] for beta in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)]
+    betas = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    policies = [optimal_policy(ref, rewards, beta)[0] for beta in betas]
     KL = torch.stack([(p.exp() * (p - ref)).sum(-1) for p in policies])
     reward = torch.stack([(p.exp() * rewards).sum(-1) for p in policies])
     assert (KL.diff(dim=0) < 0).all() and (reward.diff(dim=0) < 0).all()
@@ -316,12 +521,14 @@ def test_eq04_larger_beta_smaller_KL_and_smaller_reward():
 def test_eq04_limits_are_the_reference_and_the_best_response():
     ref, rewards = world(114)
     best = F.one_hot(rewards.argmax(-1), 6).double()
-    assert close(optimal_policy(ref, rewards, 1e9)[0], ref, tol=1e-8)                       # beta -> infinity
-    assert close(optimal_policy(ref, rewards, 1e-4)[0].exp(), best, tol=1e-8)               # beta -> 0; and no overflow
+    assert close(optimal_policy(ref, rewards, 1e9)[0], ref, tol=1e-8)   # beta -> infinity
+    # beta -> 0; and no overflow
+    assert close(optimal_policy(ref, rewards, 1e-4)[0].exp(), best, tol=1e-8)
 
 
 def test_eq04_what_the_reference_never_says_the_optimum_never_says():
-    # pi_ref(y) = 0 makes pi*(y) = 0 however large the reward, and such a response adds nothing to Z or J.
+    # pi_ref(y) = 0 makes pi*(y) = 0 however large the reward,
+    # and such a response adds nothing to Z or J.
     (ref, rewards), beta = world(187, X=1), 0.4
     ref = torch.cat([ref, torch.tensor([[-math.inf]])], dim=1)
     with_it = torch.cat([rewards, torch.tensor([[100.0]])], dim=1)
@@ -345,19 +552,23 @@ def test_eq04_rejects_a_beta_that_is_not_positive(beta):
 
 
 def test_eq05_dpo_is_eq02_with_eq04_put_in_for_the_reward():
-    # r = beta log pi*/pi_ref + beta log Z, so DPO's loss of pi* is the reward model's loss of r: Z cancels.
+    # r = beta log pi*/pi_ref + beta log Z, so DPO's loss of pi* is the reward model's loss of r:
+    # Z cancels.
     (ref, rewards), beta = world(117), 0.4
     policy, _ = optimal_policy(ref, rewards, beta)
+    dpo = lambda w, l, beta=beta: dpo_loss(policy[:, w], policy[:, l], ref[:, w], ref[:, l], beta)
     for w, l in product(range(6), repeat=2):
-        bradley_terry = -torch.log(rewards[:, w].exp() / (rewards[:, w].exp() + rewards[:, l].exp()))
-        assert close(dpo_loss(policy[:, w], policy[:, l], ref[:, w], ref[:, l], beta), bradley_terry)
+        won, lost = rewards[:, w].exp(), rewards[:, l].exp()
+        bradley_terry = -torch.log(won / (won + lost))
+        assert close(dpo(w, l), bradley_terry)
         if w != l:
-            assert not close(dpo_loss(policy[:, l], policy[:, w], ref[:, l], ref[:, w], beta), bradley_terry)  # swapped
-            assert not close(dpo_loss(policy[:, w], policy[:, l], ref[:, w], ref[:, l], 1.0), bradley_terry)   # no beta
+            assert not close(dpo(l, w), bradley_terry)             # swapped
+            assert not close(dpo(w, l, beta=1.0), bradley_terry)   # no beta
 
 
 def test_eq05_gradient_is_the_one_in_the_dpo_paper():
-    # -beta sigma(r_l - r_w) [grad log pi(y_w) - grad log pi(y_l)]; here with respect to the two log-probabilities.
+    # -beta sigma(r_l - r_w) [grad log pi(y_w) - grad log pi(y_l)];
+    # here with respect to the two log-probabilities.
     w, l, ref_w, ref_l = normals(118)(4, 20)
     push = 0.3 * torch.sigmoid(0.3 * (l - ref_l) - 0.3 * (w - ref_w))
     assert close(gradient(lambda w: dpo_loss(w, l, ref_w, ref_l, 0.3), w), -push)
@@ -366,7 +577,8 @@ def test_eq05_gradient_is_the_one_in_the_dpo_paper():
 
 @pytest.mark.parametrize("pair_loss", ["dpo", "una"])
 def test_eq05_and_eq10_with_exact_bradley_terry_labels_on_all_pairs_reach_the_optimum(pair_loss):
-    # The cross-entropy of sigma(margin) with the true P is smallest where margin = r_w - r_l: at r_theta = r + b(x).
+    # The cross-entropy of sigma(margin) with the true P is smallest where margin = r_w - r_l:
+    # at r_theta = r + b(x).
     (ref, rewards), beta = world(119), 0.4
     w, l = torch.cartesian_prod(torch.arange(6), torch.arange(6)).T
     P = 1 / (1 + (rewards[:, l] - rewards[:, w]).exp())
@@ -383,15 +595,16 @@ def test_eq05_and_eq10_with_exact_bradley_terry_labels_on_all_pairs_reach_the_op
     assert not close(trained, optimal_policy(ref, -rewards, beta)[0], tol=1e-6)
 
 
-# ---------------------------------------------------------------- the implicit reward and the losses: Eq. 6-13
+# ---------------------------------------------------------------- implicit reward, losses: Eq. 6-13
 
 def test_eq06_is_beta_times_the_log_ratio_plus_offset():
     logprob, ref, offset = normals(120)(3, 20)
     expected = 0.3 * torch.log(logprob.exp() / ref.exp()) + offset
     assert close(implicit_reward(logprob, ref, 0.3, offset), expected)
-    assert close(implicit_reward(logprob, ref, 0.3) + offset, expected)                     # no offset by default
-    assert not close(implicit_reward(ref, logprob, 0.3, offset), expected)   # reference and policy swapped
-    assert close(implicit_reward(ref, ref, 0.3, offset), offset)                            # at the start of training
+    assert close(implicit_reward(logprob, ref, 0.3) + offset, expected)   # no offset by default
+    # reference and policy swapped
+    assert not close(implicit_reward(ref, logprob, 0.3, offset), expected)
+    assert close(implicit_reward(ref, ref, 0.3, offset), offset)   # at the start of training
 
 
 def test_eq06_every_policy_is_a_reward_model_with_Z_equal_to_one():
@@ -409,7 +622,7 @@ def test_eq07_is_the_squared_difference():
 
 
 def fresh_samples_gradient(offset, samples="fixed"):
-    """Gradients of Eq. 7 and of J (Eq. 3) at a random policy, by listing all responses; beta is 0.4."""
+    """Gradients of Eq. 7 and of J (Eq. 3) at a random policy, from all responses; beta is 0.4."""
     ref, rewards = world(123)
 
     def loss(theta):
@@ -418,18 +631,21 @@ def fresh_samples_gradient(offset, samples="fixed"):
         weights = {"fixed": logprobs.detach(), "differentiated": logprobs, "old": ref}[samples]
         return (weights.exp() * squared).sum(-1)
 
-    theta = normals(124)(3, 6)
-    return gradient(loss, theta), gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, 0.4), theta)
+    theta, J = normals(124)(3, 6), lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, 0.4)
+    return gradient(loss, theta), gradient(J, theta)
 
 
-@pytest.mark.parametrize("offset", [0.0, 3.7, torch.tensor([[-2.0], [0.5], [4.0]])], ids=["none", "constant", "f(x)"])
+@pytest.mark.parametrize("offset", [0.0, 3.7, torch.tensor([[-2.0], [0.5], [4.0]])],
+                         ids=["none", "constant", "f(x)"])
 def test_eq07_on_fresh_samples_has_the_gradient_of_rlhf(offset):
-    # grad L = -2 beta grad J, as E_{y~pi}[b(x) grad log pi] = b(x) grad 1 = 0: the offset is a baseline.
+    # grad L = -2 beta grad J, as E_{y~pi}[b(x) grad log pi] = b(x) grad 1 = 0:
+    # the offset is a baseline.
     grad_L, grad_J = fresh_samples_gradient(offset)
     assert close(grad_L, -2 * 0.4 * grad_J)
-    assert not close(grad_L, -2 * grad_J)                                                   # missing beta
+    assert not close(grad_L, -2 * grad_J)   # missing beta
     assert not close(fresh_samples_gradient(offset, "differentiated")[0], -2 * 0.4 * grad_J)
-    assert not close(fresh_samples_gradient(offset, "old")[0], -2 * 0.4 * grad_J)           # samples of pi_ref
+    # samples of pi_ref
+    assert not close(fresh_samples_gradient(offset, "old")[0], -2 * 0.4 * grad_J)
 
 
 def test_eq07_offset_that_depends_on_the_response_is_no_baseline():
@@ -441,54 +657,61 @@ def test_eq07_gradient_changes_with_the_reference():
     # Nothing but pi_ref holds the policy back, so it must be in the gradient.
     (ref, rewards), theta = world(126), normals(127)(3, 6)
     loss = lambda p, anchor: on_policy(una_reward_loss(implicit_reward(p, anchor, 0.4), rewards), p)
-    one, other = (gradient(lambda t: loss(t.log_softmax(-1), anchor), theta) for anchor in (ref, ref.flip(-1)))
+    one, other = (gradient(lambda t: loss(t.log_softmax(-1), anchor), theta)
+                  for anchor in (ref, ref.flip(-1)))
     assert not close(one, other)
 
 
-@pytest.mark.parametrize("offset", [0.0, 3.7, torch.tensor([[-2.0], [0.5], [4.0]])], ids=["none", "constant", "f(x)"])
+@pytest.mark.parametrize("offset", [0.0, 3.7, torch.tensor([[-2.0], [0.5], [4.0]])],
+                         ids=["none", "constant", "f(x)"])
 def test_eq07_trained_on_fresh_samples_reaches_the_optimum_with_any_offset(offset):
     (ref, rewards), beta = world(128), 0.5
-    trained = fit(lambda p: on_policy(una_reward_loss(implicit_reward(p, ref, beta, offset), rewards), p), ref)
+    loss = lambda p: una_reward_loss(implicit_reward(p, ref, beta, offset), rewards)
+    trained = fit(lambda p: on_policy(loss(p), p), ref)
     assert close(trained, optimal_policy(ref, rewards, beta)[0], tol=1e-6)
     assert not close(trained, optimal_policy(ref, rewards, 2 * beta)[0], tol=1e-6)
 
 
 def test_eq07_noise_is_zero_at_the_optimum_with_beta_log_Z_and_only_with_it():
-    # There r_theta = r for every response, so each single sample has gradient zero; with another offset only the mean.
+    # There r_theta = r for every response, so each single sample has gradient zero;
+    # with another offset only the mean.
     (ref, rewards), beta = world(129), 0.4
     policy, value = optimal_policy(ref, rewards, beta)
     loss = lambda p, offset: una_reward_loss(implicit_reward(p, ref, beta, offset), rewards)
     at_each = lambda offset: gradient(lambda p: loss(p, offset), policy)
     assert close(at_each(value[:, None]), 0.0) and not close(at_each(0.0), 0.0)
-    assert close(gradient(lambda t: on_policy(loss(t.log_softmax(-1), 0.0), t.log_softmax(-1)), policy), 0.0)
+    mean = lambda theta: on_policy(loss(theta.log_softmax(-1), 0.0), theta.log_softmax(-1))
+    assert close(gradient(mean, policy), 0.0)
 
 
 def test_eq07_trained_on_old_samples_reaches_the_optimum_if_the_offset_is_beta_log_Z():
     # Then r_theta = r is within reach, and a squared error can be zero. Samples of pi_ref.
     (ref, rewards), beta = world(130), 0.5
     best, value = optimal_policy(ref, rewards, beta)
-    loss = lambda p, offset: ref.exp() * una_reward_loss(implicit_reward(p, ref, beta, offset), rewards)
-    train = lambda offset: fit(lambda p: loss(p, offset), ref)
+    loss = lambda p, offset: una_reward_loss(implicit_reward(p, ref, beta, offset), rewards)
+    train = lambda offset: fit(lambda p: ref.exp() * loss(p, offset), ref)
     assert close(train(value[:, None]), best, tol=1e-6)
     assert not close(train(value[:, None] + 0.1), best, tol=1e-3)
-    assert not close(train(value.mean()), best, tol=1e-3)                                   # one offset for all prompts
+    assert not close(train(value.mean()), best, tol=1e-3)   # one offset for all prompts
 
 
 def test_eq07_trained_on_old_samples_without_offset_reaches_the_optimum_if_Z_is_one():
     # Subtracting beta log Z from the reward makes Z = 1 and leaves the optimum where it was.
     (ref, rewards), beta = world(131), 0.5
     best, value = optimal_policy(ref, rewards, beta)
-    train = lambda rewards: fit(lambda p: ref.exp() * una_reward_loss(implicit_reward(p, ref, beta), rewards), ref)
+    loss = lambda p, rewards: una_reward_loss(implicit_reward(p, ref, beta), rewards)
+    train = lambda rewards: fit(lambda p: ref.exp() * loss(p, rewards), ref)
     assert close(train(rewards - value[:, None]), best, tol=1e-6)
     assert not close(train(rewards), best, tol=1e-2)
 
 
 def test_eq08_is_the_chance_to_beat_a_response_of_reward_zero():
     reward = torch.linspace(-40, 40, 81, dtype=torch.float64)
-    assert close(implicit_score(reward), reward.exp() / (reward.exp() + 1), tol=1e-14)      # Eq. 1 with r_l = 0
-    assert close(implicit_score(reward), (-reward_model_loss(reward, torch.zeros_like(reward))).exp())
+    # Eq. 1 with r_l = 0
+    assert close(implicit_score(reward), reward.exp() / (reward.exp() + 1), tol=1e-14)
+    assert close(implicit_score(reward), (-reward_model_loss(reward, 0 * reward)).exp())
     assert implicit_score(torch.tensor([-1000.0, 0.0, 1000.0])).tolist() == [0, 0.5, 1]
-    assert not close(implicit_score(-reward), reward.exp() / (reward.exp() + 1))            # sign
+    assert not close(implicit_score(-reward), reward.exp() / (reward.exp() + 1))   # sign
 
 
 @pytest.mark.parametrize("g, formula", [
@@ -500,9 +723,10 @@ def test_eq09_compares_scores(g, formula):
     reward, given = 2 * normals(133)(30), torch.sigmoid(normals(134)(30))
     s = 1 / (1 + (-reward).exp())
     assert close(una_score_loss(reward, given, g), formula(s, given))
-    assert not close(una_score_loss(reward, given, g), formula(reward.abs(), given))        # reward not squashed
-    others = {"mse", "mae", "bce"} - {g}
-    assert not any(close(una_score_loss(reward, given, other), formula(s, given)) for other in others)
+    # reward not squashed
+    assert not close(una_score_loss(reward, given, g), formula(reward.abs(), given))
+    for other in {"mse", "mae", "bce"} - {g}:
+        assert not close(una_score_loss(reward, given, other), formula(s, given))
 
 
 def test_eq09_is_squared_by_default():
@@ -518,22 +742,25 @@ def test_eq09_is_squared_by_default():
 ])
 def test_eq09_slopes_are_those_of_the_table_in_una(g, slope):
     reward, given = 2 * normals(137)(30), torch.sigmoid(normals(138)(30))
-    assert close(gradient(lambda r: una_score_loss(r, given, g), reward), slope(torch.sigmoid(reward), given))
+    expected = slope(torch.sigmoid(reward), given)
+    assert close(gradient(lambda r: una_score_loss(r, given, g), reward), expected)
 
 
 def test_eq09_squared_slope_at_the_start_is_half_of_what_is_missing():
     given = torch.sigmoid(normals(139)(9))
-    assert close(gradient(lambda r: una_score_loss(r, given), torch.zeros_like(given)), (0.5 - given) / 2)
+    assert close(gradient(lambda r: una_score_loss(r, given), 0 * given), (0.5 - given) / 2)
 
 
 def test_eq09_is_at_the_optimum_only_with_the_offset_even_on_fresh_samples():
-    # grad J is zero at pi*. So is Eq. 9's gradient if f + c = beta log Z (residuals are zero), but not if f = c = 0:
-    # there the slope of sigma weighs the residuals, so that they no longer average out as in Eq. 7.
+    # grad J is zero at pi*. So is Eq. 9's gradient if f + c = beta log Z (residuals are zero), but
+    # not if f = c = 0: there the slope of sigma weighs the residuals, so that they no longer
+    # average out as in Eq. 7.
     (ref, rewards), beta = world(140), 0.5
     best, value = optimal_policy(ref, rewards, beta)
     for g in ("mse", "bce"):
         reward = lambda p, offset: implicit_reward(p, ref, beta, offset)
-        loss = lambda p, offset: on_policy(una_score_loss(reward(p, offset), torch.sigmoid(rewards), g), p)
+        given = torch.sigmoid(rewards)
+        loss = lambda p, offset: on_policy(una_score_loss(reward(p, offset), given, g), p)
         at_best = lambda offset: gradient(lambda t: loss(t.log_softmax(-1), offset), best)
         assert close(at_best(value[:, None]), 0.0) and at_best(0.0).abs().max() > 1e-3
 
@@ -559,21 +786,26 @@ def test_eq09_rejects_another_g(g):
 def test_eq10_is_eq02_on_implicit_rewards():
     w, l = normals(141)(2, 20)
     assert close(una_pair_loss(w, l), -torch.log(w.exp() / (w.exp() + l.exp())))
-    assert not close(una_pair_loss(l, w), -torch.log(w.exp() / (w.exp() + l.exp())))        # swapped pair
+    # swapped pair
+    assert not close(una_pair_loss(l, w), -torch.log(w.exp() / (w.exp() + l.exp())))
 
 
 def test_eq10_pair_loss_is_dpo():
-    # Value and gradient, with any offset: both responses answer the same prompt, so f(x) + c cancels.
+    # Value and gradient, with any offset:
+    # both responses answer the same prompt, so f(x) + c cancels.
     policy, (ref_w, ref_l), offset = normals(142)(2, 20), normals(143)(2, 20), normals(144)(20)
 
     def una_pair(p, beta=0.3, offset_l=offset):
-        return una_pair_loss(implicit_reward(p[0], ref_w, beta, offset), implicit_reward(p[1], ref_l, beta, offset_l))
+        return una_pair_loss(implicit_reward(p[0], ref_w, beta, offset),
+                             implicit_reward(p[1], ref_l, beta, offset_l))
 
-    dpo = lambda p: dpo_loss(p[0], p[1], ref_w, ref_l, 0.3)
-    same = lambda loss: close(loss(policy), dpo(policy)) and close(gradient(loss, policy), gradient(dpo, policy))
+    def same(loss):
+        dpo = lambda p: dpo_loss(p[0], p[1], ref_w, ref_l, 0.3)
+        slopes = gradient(loss, policy), gradient(dpo, policy)
+        return close(loss(policy), dpo(policy)) and close(*slopes)
     assert same(una_pair)
-    assert not same(lambda p: una_pair(p.flip(0)))                                          # swapped pair
-    assert not same(lambda p: una_pair(p, beta=1.0))                                        # missing beta
+    assert not same(lambda p: una_pair(p.flip(0)))         # swapped pair
+    assert not same(lambda p: una_pair(p, beta=1.0))       # missing beta
     assert not same(lambda p: una_pair(p, offset_l=0.0))   # an offset that does not cancel
 
 
@@ -582,30 +814,30 @@ def test_eq11_is_the_squared_distance_of_the_score_from_the_label(label, target)
     reward, labels = 2 * normals(145)(20), torch.full((20,), label)
     s = reward.exp() / (1 + reward.exp())
     assert close(una_binary_loss(reward, labels, "mse"), (s - target) ** 2)
-    assert not close(una_binary_loss(reward, 1 - labels, "mse"), (s - target) ** 2)         # thumbs swapped
+    assert not close(una_binary_loss(reward, 1 - labels, "mse"), (s - target) ** 2)   # swapped
 
 
 def test_eq12_is_the_cross_entropy_of_torch_with_and_without_logits():
     reward, labels = 2 * normals(146)(20), (normals(147)(20) > 0).double()
     loss = una_binary_loss(reward, labels, "bce")
     assert close(loss, F.binary_cross_entropy_with_logits(reward, labels, reduction="none"))
-    assert close(loss, F.binary_cross_entropy(torch.sigmoid(reward), labels, reduction="none"))
-    assert not close(loss, F.binary_cross_entropy(torch.sigmoid(reward), 1 - labels, reduction="none"))   # swapped
+    score = torch.sigmoid(reward)
+    assert close(loss, F.binary_cross_entropy(score, labels, reduction="none"))
+    assert not close(loss, F.binary_cross_entropy(score, 1 - labels, reduction="none"))   # swapped
 
 
 @pytest.mark.parametrize("g", ["mse", "bce"])
-def test_eq11_and_eq12_of_noisy_thumbs_reach_the_optimum_with_the_offset(g):
-    # A thumb is up with probability s = sigma(r). On average over thumbs both losses are smallest at s_theta = s (both
-    # are proper): with f + c = beta log Z that is r_theta = r at all responses, true of pi* only. Samples of pi_ref.
+def test_eq11_and_eq12_of_noisy_labels_reach_the_optimum_with_the_offset(g):
+    # A label is 1 with probability s = sigma(r). On average over labels both losses are smallest
+    # at s_theta = s (both are proper): with f + c = beta log Z that is r_theta = r at all
+    # responses, true of pi* only. Samples of pi_ref.
     (ref, rewards), beta = world(148), 0.5
     best, value = optimal_policy(ref, rewards, beta)
-    up, thumb = torch.sigmoid(rewards), torch.ones_like(rewards)
+    s, one = torch.sigmoid(rewards), torch.ones_like(rewards)
 
     def train(offset):
-        reward = lambda p: implicit_reward(p, ref, beta, offset)
-        return fit(lambda p: ref.exp() * (up * una_binary_loss(reward(p), thumb, g)
-                                          + (1 - up) * una_binary_loss(reward(p), 0 * thumb, g)), ref)
-
+        loss = lambda p, label: una_binary_loss(implicit_reward(p, ref, beta, offset), label, g)
+        return fit(lambda p: ref.exp() * (s * loss(p, one) + (1 - s) * loss(p, 0 * one)), ref)
     assert close(train(value[:, None]), best, tol=1e-6)
     assert not close(train(0.0), best, tol=1e-2)
 
@@ -629,7 +861,8 @@ def test_eq13_is_smallest_at_the_logit_of_the_score(g):
 
 
 @pytest.mark.parametrize("g, best", [("mse", 0.40), ("bce", 0.40), ("mae", 0.20)])
-def test_eq13_several_scores_of_one_response_are_fitted_by_their_mean_but_by_the_median_for_mae(g, best):
+def test_eq13_several_scores_of_one_response_are_fitted_by_their_mean_but_by_the_median_for_mae(
+        g, best):
     # Scores 0.1, 0.2, 0.9: the mean is 0.4, the median 0.2. Search s_theta on a grid of 0.01.
     s = torch.arange(1, 100).double() / 100
     loss = sum(una_score_loss(s.logit(), torch.full_like(s, given), g) for given in (0.1, 0.2, 0.9))
@@ -643,7 +876,7 @@ def test_eq14_log_sum_inequality():
     a, b = normals(151)(2, 1000, 5).exp()
     left, right = (a * (a / b).log()).sum(-1), a.sum(-1) * (a.sum(-1) / b.sum(-1)).log()
     assert (left > right).all()
-    assert not ((a * (b / a).log()).sum(-1) > right).all()                                  # ratio upside down
+    assert not ((a * (b / a).log()).sum(-1) > right).all()   # ratio upside down
 
 
 def test_eq14_is_an_equality_if_all_ratios_are_equal_and_only_then():
@@ -655,7 +888,8 @@ def test_eq14_is_an_equality_if_all_ratios_are_equal_and_only_then():
 
 
 def test_eq14_a_zero_among_the_a_adds_zero():
-    # 0 log 0 = 0. This is what lets a policy with probability 0 somewhere into the bound, here of J in Eq. 16.
+    # 0 log 0 = 0. This is what lets a policy with probability 0 somewhere into the bound,
+    # here of J in Eq. 16.
     ref, rewards = world(153, X=1)
     policy = torch.tensor([[0.5, 0.5, 0, 0, 0, 0]], dtype=torch.float64).log()
     a, b = policy.exp()[0, :2], (ref + rewards).exp()[0]
@@ -664,15 +898,16 @@ def test_eq14_a_zero_among_the_a_adds_zero():
 
 
 def test_eq15_writes_the_objective_as_one_log_sum_for_any_f():
-    # -beta pi log( pi / (pi_ref e^{(r-f)/beta}) ) = pi (r - f) - beta pi log pi/pi_ref, and sum_y pi f = f.
+    # -beta pi log( pi / (pi_ref e^{(r-f)/beta}) ) = pi (r - f) - beta pi log pi/pi_ref,
+    # and sum_y pi f = f.
     (ref, rewards), beta, f = world(154), 0.4, normals(155)(3, 1)
     logprobs = normals(156)(3, 6).log_softmax(-1)
     b = ref.exp() * ((rewards - f) / beta).exp()
     one_sum = -beta * (logprobs.exp() * (logprobs.exp() / b).log()).sum(-1)
     J = rlhf_objective(logprobs, ref, rewards, beta)
     assert close(J, one_sum + f[:, 0])
-    assert not close(J, one_sum)                                                            # f not added back
-    assert not close(J, one_sum + f[:, 0] / beta)                                           # added back inside of beta
+    assert not close(J, one_sum)                    # f not added back
+    assert not close(J, one_sum + f[:, 0] / beta)   # added back inside of beta
 
 
 def test_eq16_bounds_every_policy_whatever_f():
@@ -703,19 +938,21 @@ def test_eq17_ratio_is_one_over_lambda_for_every_response_and_lambda_is_Z_f():
     best, _ = optimal_policy(ref, rewards, beta)
     b = ref.exp() * ((rewards - f) / beta).exp()
     ratio = best.exp() / b
-    assert close(ratio, ratio[:, :1].expand(3, 6))                                          # the same for all y
-    assert close(1 / ratio[:, 0], b.sum(-1))                                                # lambda = Z_f(x)
-    assert ratio[:, 0].std() > 0.1                                                          # and not the same for all x
+    assert close(ratio, ratio[:, :1].expand(3, 6))   # the same for all y
+    assert close(1 / ratio[:, 0], b.sum(-1))         # lambda = Z_f(x)
+    assert ratio[:, 0].std() > 0.1                   # and not the same for all x
 
 
 def test_eq18_a_policy_is_optimal_for_its_implicit_reward_with_any_offset():
-    # For r = beta log pi/pi_ref + b(x), pi_ref e^{r/beta} = pi e^{b/beta}: so Z = e^{b/beta}, and pi* = pi.
+    # For r = beta log pi/pi_ref + b(x), pi_ref e^{r/beta} = pi e^{b/beta}:
+    # so Z = e^{b/beta}, and pi* = pi.
     logprobs, ref = normals(164)(2, 3, 6).log_softmax(-1)
     for offset in (0.0, 2.0, normals(165)(3, 1)):
         best, value = optimal_policy(ref, implicit_reward(logprobs, ref, 0.4, offset), 0.4)
         assert close(best, logprobs)
-        assert close(value[:, None] - offset, 0.0)                                          # f + c = beta log Z
-    assert not close(optimal_policy(ref, implicit_reward(logprobs, ref, 0.4), 1.0)[0], logprobs)   # missing beta
+        assert close(value[:, None] - offset, 0.0)   # f + c = beta log Z
+    # missing beta
+    assert not close(optimal_policy(ref, implicit_reward(logprobs, ref, 0.4), 1.0)[0], logprobs)
 
 
 def test_eq18_any_reward_is_the_implicit_reward_of_its_optimum():
@@ -727,7 +964,8 @@ def test_eq18_any_reward_is_the_implicit_reward_of_its_optimum():
 
 
 def test_eq18_no_other_reward_has_that_optimum():
-    # d log pi* / d r = (I - 1 pi*^T) / beta: the only change of the reward that pi* does not feel is a constant.
+    # d log pi* / d r = (I - 1 pi*^T) / beta:
+    # the only change of the reward that pi* does not feel is a constant.
     ref, rewards = (t[0] for t in world(168))
     jacobian = torch.autograd.functional.jacobian(lambda r: optimal_policy(ref, r, 0.4)[0], rewards)
     assert torch.linalg.matrix_rank(jacobian).item() == 5
@@ -741,11 +979,12 @@ def test_eq19_value_at_the_optimum_is_beta_log_Z_whatever_f():
     (ref, rewards), beta = world(169), 0.4
     best, value = optimal_policy(ref, rewards, beta)
     log_Z = torch.logsumexp(ref + rewards / beta, -1)
-    assert close(value, beta * log_Z) and close(rlhf_objective(best, ref, rewards, beta), beta * log_Z)
+    assert close(value, beta * log_Z)
+    assert close(rlhf_objective(best, ref, rewards, beta), beta * log_Z)
     for f in (-3.0, 4.0, normals(170)(3)):
         log_lambda = torch.logsumexp(ref + (rewards.T - f).T / beta, -1)
         assert close(beta * log_lambda + f, value)
-        assert not close(beta * log_lambda, value)                                          # f forgotten
+        assert not close(beta * log_lambda, value)   # f forgotten
 
 
 def test_eq20_objective_is_the_optimum_minus_beta_KL_to_it():
@@ -757,12 +996,13 @@ def test_eq20_objective_is_the_optimum_minus_beta_KL_to_it():
     KL = lambda p, q: (p.exp() * (p - q)).sum(-1)
     J = rlhf_objective(logprobs, ref, rewards, beta)
     assert close(J, -beta * (KL(logprobs, best) - Z.log()))
-    assert not close(J, -beta * (KL(best, logprobs) - Z.log()))                             # KL the other way round
+    assert not close(J, -beta * (KL(best, logprobs) - Z.log()))   # KL the other way round
     assert not close(J, beta * (KL(logprobs, best) - Z.log()))
 
 
 def test_eq21_jensen():
-    # phi convex: the mean of phi is at least phi of the mean. Equal if all points are one; reversed for a concave phi.
+    # phi convex: the mean of phi is at least phi of the mean. Equal if all points are one;
+    # reversed for a concave phi.
     weights, points = normals(173)(2, 1000, 5).exp()
     mean = lambda v: (weights * v).sum(-1) / weights.sum(-1)
     phi = lambda t: t * t.log()
@@ -794,54 +1034,62 @@ def test_eq22_each_line_of_the_proof_of_the_log_sum_inequality():
 # ---------------------------------------------------------------- as printed
 
 def test_printed_eq06_f_and_c_zero_misses_the_optimum_by_a_computable_amount():
-    # On samples of pi_ref minimise sum_y pi_ref (beta u - r)^2 over u = log pi/pi_ref, subject to sum_y pi_ref e^u = 1.
-    # Lagrange: beta u + kappa e^u = r, with kappa from the constraint (positive, as Z > 1). Solve it, bisection within
-    # bisection: the trained policy is this one and not pi*, though it ranks the responses as pi* does.
+    # On samples of pi_ref minimise sum_y pi_ref (beta u - r)^2 over u = log pi/pi_ref, subject to
+    # sum_y pi_ref e^u = 1. Lagrange: beta u + kappa e^u = r, with kappa from the constraint
+    # (positive, as Z > 1). Solve it, bisection within bisection: the trained policy is this one and
+    # not pi*, though it ranks the responses as pi* does.
     (ref, rewards), beta = world(180), 0.5
     rewards = rewards.abs()
     best, _ = optimal_policy(ref, rewards, beta)
     lowest = torch.full_like(ref, -40.0)
     u = lambda kappa: root(lambda u: beta * u + kappa * u.exp() - rewards, lowest, rewards / beta)
     missing = lambda kappa: 1 - (ref + u(kappa)).exp().sum(-1, keepdim=True)
-    predicted = ref + u(root(missing, torch.zeros(3, 1).double(), torch.full((3, 1), 99.0).double()))
-    trained = fit(lambda p: ref.exp() * una_reward_loss(implicit_reward(p, ref, beta), rewards), ref)
+    zeros = torch.zeros(3, 1).double()
+    predicted = ref + u(root(missing, zeros, zeros + 99))
+    loss = lambda p: una_reward_loss(implicit_reward(p, ref, beta), rewards)
+    trained = fit(lambda p: ref.exp() * loss(p), ref)
     assert close(trained, predicted, tol=1e-7)
-    assert (trained.exp() - best.exp()).abs().sum(-1).min() / 2 > 0.02                      # total variation
+    assert (trained.exp() - best.exp()).abs().sum(-1).min() / 2 > 0.02   # total variation
     assert ((trained - ref).argsort() == rewards.argsort()).all()
 
 
 def test_printed_eq06_f_and_c_zero_is_exact_if_and_only_if_Z_is_one():
-    # "f(x) = c = 0 refers that implicit and explicit reward models are exactly the same": no, they differ by beta log Z
+    # "f(x) = c = 0 refers that implicit and explicit reward models are exactly the same":
+    # no, they differ by beta log Z
     (ref, rewards), beta = world(181), 0.4
     best, value = optimal_policy(ref, rewards, beta)
-    assert close(rewards - implicit_reward(best, ref, beta), value[:, None].expand(3, 6)) and value.abs().min() > 0.05
+    assert close(rewards - implicit_reward(best, ref, beta), value[:, None].expand(3, 6))
+    assert value.abs().min() > 0.05
     with_Z_one = rewards - value[:, None]
     assert close((ref + with_Z_one / beta).exp().sum(-1), 1.0)
     assert close(implicit_reward(optimal_policy(ref, with_Z_one, beta)[0], ref, beta), with_Z_one)
 
 
 def test_printed_eq09_is_not_equivalent_to_eq07():
-    # Same world, same fresh samples, scores = sigma(rewards): the two gradients do not point the same way, and the
-    # policy that Eq. 9 leads to is far from the optimum at some prompts.
+    # Same world, same fresh samples, scores = sigma(rewards): the two gradients do not point the
+    # same way, and the policy that Eq. 9 leads to is far from the optimum at some prompts.
     (ref, rewards), beta = world(182), 0.5
     rewards = 2 * rewards
-    score = lambda p: on_policy(una_score_loss(implicit_reward(p, ref, beta), torch.sigmoid(rewards)), p)
+    given = torch.sigmoid(rewards)
+    score = lambda p: on_policy(una_score_loss(implicit_reward(p, ref, beta), given), p)
     reward = lambda p: on_policy(una_reward_loss(implicit_reward(p, ref, beta), rewards), p)
     theta = normals(183)(3, 6)
     grads = [gradient(lambda t: loss(t.log_softmax(-1)), theta) for loss in (score, reward)]
     assert F.cosine_similarity(*grads, dim=-1).min() < 0.99
     best, _ = optimal_policy(ref, rewards, beta)
     assert close(fit(reward, ref), best, tol=1e-6)
-    assert (fit(score, ref).exp() - best.exp()).abs().sum(-1).max() / 2 > 0.1                # total variation
+    assert (fit(score, ref).exp() - best.exp()).abs().sum(-1).max() / 2 > 0.1   # total variation
 
 
 def test_printed_eq10_linear_is_unbounded_below():
-    # -(r_w - r_l) pushes as hard at a margin of 1000 as at 0, so it has no minimum; -log sigma(r_w - r_l) >= 0 lets go.
+    # -(r_w - r_l) pushes as hard at a margin of 1000 as at 0, so it has no minimum;
+    # -log sigma(r_w - r_l) >= 0 lets go.
     margin = torch.tensor([0.0, 10.0, 1000.0], dtype=torch.float64)
     printed = lambda m: -m
     assert (gradient(printed, margin) == -1).all() and printed(margin).min() == -1000
     assert (una_pair_loss(margin, 0 * margin) >= 0).all()
-    assert close(gradient(lambda m: una_pair_loss(m, 0 * m), margin), [-0.5, -1 / (1 + math.exp(10)), 0.0])
+    slope = gradient(lambda m: una_pair_loss(m, 0 * m), margin)
+    assert close(slope, [-0.5, -1 / (1 + math.exp(10)), 0.0])
 
 
 def descend(loss, reward, steps=200):
@@ -860,7 +1108,8 @@ def test_printed_eq11_minus_unlearns_the_labels():
 
 
 def test_printed_eq12_first_line_has_a_minus_too_many():
-    # L_BCE is -[y log s + (1 - y) log(1 - s)] already. The second printed line is right, the first is its negative.
+    # L_BCE is -[y log s + (1 - y) log(1 - s)] already.
+    # The second printed line is right, the first is its negative.
     label, start = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.5, -0.5]).double()
     s = torch.sigmoid(start)
     second_line = -(torch.log(s[0]) + torch.log(1 - s[1]))
@@ -879,7 +1128,8 @@ def test_printed_eq13_minus_drives_the_scores_apart():
 
 
 def test_printed_eq17_no_constant_lambda_makes_all_prompts_policies():
-    # pi_ref e^{r/beta} / lambda adds up to Z(x) / lambda: to 1 at all prompts only if Z is the same at all of them.
+    # pi_ref e^{r/beta} / lambda adds up to Z(x) / lambda:
+    # to 1 at all prompts only if Z is the same at all of them.
     (ref, rewards), beta = world(184), 0.4
     Z = (ref.exp() * (rewards / beta).exp()).sum(-1)
     for constant in torch.linspace(Z.min().item(), Z.max().item(), 100):
@@ -888,7 +1138,8 @@ def test_printed_eq17_no_constant_lambda_makes_all_prompts_policies():
 
 
 def test_printed_eq19_log_lambda_may_not_leave_the_mean_over_prompts():
-    # As lambda depends on x, beta log lambda belongs inside of E_x; log of the mean is more than mean of the log.
+    # As lambda depends on x, beta log lambda belongs inside of E_x;
+    # log of the mean is more than mean of the log.
     (ref, rewards), beta = world(185), 0.4
     J = rlhf_objective(optimal_policy(ref, rewards, beta)[0], ref, rewards, beta).mean()
     Z = (ref.exp() * (rewards / beta).exp()).sum(-1)
@@ -896,7 +1147,8 @@ def test_printed_eq19_log_lambda_may_not_leave_the_mean_over_prompts():
 
 
 def test_printed_f_above_the_largest_reward_makes_Z_f_less_than_one_so_that_c_is_not_zero():
-    # e^{(r - f)/beta} < 1 for every y. Only with Z_f = 1 would c = beta log Z_f be zero; here it must be negative.
+    # e^{(r - f)/beta} < 1 for every y. Only with Z_f = 1 would c = beta log Z_f be zero;
+    # here it must be negative.
     (ref, rewards), beta = world(186), 0.4
     f = rewards.max(-1, keepdim=True).values + 0.1
     best, value = optimal_policy(ref, rewards, beta)
@@ -904,7 +1156,7 @@ def test_printed_f_above_the_largest_reward_makes_Z_f_less_than_one_so_that_c_is
     c = beta * Z_f.log()
     assert (Z_f < 1).all() and (c < -0.1).all()
     assert close(implicit_reward(best, ref, beta, f + c), rewards)
-    assert not close(implicit_reward(best, ref, beta, f), rewards)                          # c = 0
+    assert not close(implicit_reward(best, ref, beta, f), rewards)   # c = 0
 
 
 # ---------------------------------------------------------------- una.py as a text
@@ -914,9 +1166,10 @@ FUNCTIONS = {node.name: node for node in SOURCE.body if isinstance(node, ast.Fun
 
 
 def module_names_in(function):
-    """Names that the function takes from una.py itself: its functions and constants, not its imports."""
+    """Names that the function takes from una.py: its functions and constants, not its imports."""
     assigned = {name.id for node in SOURCE.body if isinstance(node, ast.Assign)
-                for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+                for target in node.targets for name in ast.walk(target)
+                if isinstance(name, ast.Name)}
     used = {node.id for node in ast.walk(FUNCTIONS[function]) if isinstance(node, ast.Name)}
     arguments = {argument.arg for argument in FUNCTIONS[function].args.args}
     return used & (set(FUNCTIONS) | assigned) - arguments
@@ -925,12 +1178,14 @@ def module_names_in(function):
 def test_meta_dpo_and_kto_stand_alone():
     # What is compared with UNA must not be made of UNA, or the comparison proves nothing.
     assert module_names_in("dpo_loss") == set() and module_names_in("kto_loss") == set()
-    assert module_names_in("una_binary_loss") == {"una_score_loss"}                         # such a use is seen
+    # Such a use is seen.
+    assert module_names_in("una_binary_loss") == {"una_score_loss", "_alike"}
 
 
 def test_meta_every_public_function_has_a_docstring():
-    public = [f for name, f in inspect.getmembers(una, inspect.isfunction) if f.__module__ == "una" and name[0] != "_"]
-    assert len(public) == len(FUNCTIONS) >= 12
+    public = [f for name, f in inspect.getmembers(una, inspect.isfunction)
+              if f.__module__ == "una" and name[0] != "_"]
+    assert len(public) == len([name for name in FUNCTIONS if name[0] != "_"]) >= 12
     assert all(len(inspect.getdoc(function) or "") > 40 for function in public)
 
 
