@@ -1,9 +1,9 @@
-"""The comparison behind the README's claims: what it measures, that it is fair, and that the README says what it found."""
-import concurrent.futures
-import itertools
+"""How the claims are settled: a fair comparison, what it trains and measures, and its parts."""
+import contextlib
 import json
 import math
-import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,194 +11,240 @@ import numpy as np
 import pytest
 import torch
 
-import claims
 import data
+import short_train
 import train
 import una
-from model import GPT, GPTConfig, ScalarGPT
+from lab import claims, exact, figures, memory, run, variants
+from model import ScalarGPT
+from short_train import moved, small
 
 ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
-RESULTS = json.loads((ROOT / "assets" / "claims.json").read_text())
-
-
-def small_world(seed=0, prompts=data.TRAIN_PROMPTS[:2]):
-    """A random reference, a policy some way from it, and their world."""
-    torch.manual_seed(seed)
-    config = GPTConfig(data.ENCODING.n_vocab, data.BLOCK_SIZE, 1, 2, 16)
-    reference, policy = (GPT(config).requires_grad_(False) for _ in range(2))
-    for model in (reference, policy):
-        model.wte.weight *= 5
-    return reference, policy, train.World(reference, prompts, 0.25, CPU)
-
-
-# ---------------------------------------------------------------- what is measured
-def test_eq18_residual_variance_is_that_of_the_reward_at_the_reference_and_0_at_the_optimum():
-    _, policy, world = small_world()
-    probs = world.ref_logprobs.exp()
-    mean = (probs * world.rewards).sum(1, keepdim=True)
-    variance = (probs * (world.rewards - mean) ** 2).sum(1).mean().item()
-    assert world.evaluate(world.ref_logprobs)["residual_variance"] == pytest.approx(variance)
-    best, _ = una.optimal_policy(world.ref_logprobs, world.rewards, 0.25)
-    assert world.evaluate(best)["residual_variance"] == pytest.approx(0, abs=1e-12)
-    logprobs = world.logprobs(policy)                                       # and over 200,000 samples of any policy
-    index = torch.multinomial(logprobs.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
-    residual = (world.rewards - 0.25 * (logprobs - world.ref_logprobs)).gather(1, index)
-    assert world.evaluate(logprobs)["residual_variance"] == pytest.approx(residual.var(1).mean().item(), rel=0.05)
-
-
-def test_gradient_noise_is_the_trace_of_the_gradients_covariance():
-    weight, bias = torch.nn.Parameter(torch.ones(2, dtype=torch.float64)), torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
-    points = torch.randn(8, 5, 2, generator=torch.Generator().manual_seed(0)).double()
-    rounds = ([(batch @ weight + bias) ** 2, None] for batch in points)     # of two inner steps, the first
-    gradients = np.array([[*(2 * batch.sum(1, keepdims=True) * batch).mean(0), 2 * batch.sum(1).mean()] for batch in points.numpy()])
-    expected = np.trace(np.cov(gradients.T))
-    assert train.gradient_noise(rounds, [weight, bias]) == pytest.approx(expected)
-    assert weight.grad is None                                              # measuring leaves nothing behind
-
-
-@pytest.mark.parametrize("method", ["una-online", "una-online-score", "ppo"])
-def test_online_methods_sample_from_the_policy_and_not_from_the_reference(method, monkeypatch):
-    reference, policy, world = small_world()
-    seen = []
-    monkeypatch.setattr(train, "sample", lambda model, *_: seen.append(model) or data.encode_responses([" warm sweet wind"] * 32))
-    value = ScalarGPT(policy)
-    settings = train.Settings(batch=32)
-    next(iter(next(train.online_rounds(method, policy, value, reference, train.true_reward, world.prompts, settings, 0.25, 0))))
-    assert seen == [policy]
-
-
-def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not():
-    # pi* itself cannot be had as a GPT; but a reward whose optimum is the policy can: r = beta log pi/pi_ref.
-    reference, policy, _ = small_world()
-    policy.requires_grad_(True)
-    prompts = data.encode_prompts(data.TRAIN_PROMPTS[:2])
-
-    def judge(tokens, mask):
-        with torch.no_grad():
-            return 0.25 * (train.response_logprob(policy, tokens, mask) - train.response_logprob(reference, tokens, mask)) + tokens[:, 0]
-
-    def noise(method, rewards):
-        rounds = train.online_rounds(method, policy, ScalarGPT(policy), reference, rewards, prompts, train.Settings(batch=32), 0.25, 0)
-        return train.gradient_noise(rounds, [*policy.parameters()])
-
-    assert noise("una-online", judge) < 1e-8 < 1e-3 < noise("una-online", train.true_reward)
-    assert noise("ppo", judge) > 1e-3                                       # advantages are scaled to deviation 1, whatever they are
-
-
-def test_the_reward_models_report_is_right_for_a_perfect_a_reversed_and_an_indifferent_model(monkeypatch):
-    reference, policy, world = small_world()
-    gain = world.evaluate(world.logprobs(policy))["reward"] - world.evaluate(world.ref_logprobs)["reward"]
-    for factor, accuracy in ((2.0, 1.0), (-1.0, 0.0), (0.0, 0.0)):
-        # The 9 is one of the many f(x) that Eq. 2 cannot see.
-        monkeypatch.setattr(train, "model_reward", lambda model, tokens, mask: factor * train.true_reward(tokens, mask) + 9)
-        report = train.reward_model_report(None, reference, policy, world.prompts, 0)
-        assert report["accuracy"] == accuracy
-        assert report["true_gain"] == pytest.approx(gain, abs=0.05)
-        assert report["judged_gain"] == pytest.approx(factor * report["true_gain"], abs=1e-5)
-
-
-def test_seconds_to_a_share_of_the_gain_are_read_on_the_log_of_the_regret():
-    run = dict(curve=[dict(seconds=0.0, regret=1.0), dict(seconds=2.0, regret=0.01), dict(seconds=4.0, regret=0.5)])
-    assert claims.seconds_to(0.9, run) == pytest.approx(1.0)
-    assert claims.seconds_to(0.99, run) == pytest.approx(2.0)
-    assert claims.seconds_to(0.999, run) == math.inf
-
-
-def test_lost_is_0_at_the_optimum_1_at_the_reference_and_endless_for_a_run_that_diverged():
-    assert train.lost(dict(curve=[dict(regret=0.8), dict(regret=0.2)])) == 0.25
-    assert train.lost(dict(diverged="the loss of step 7 is nan")) == math.inf
-    run = RESULTS["runs"][0]
-    start = next(entry["train"] for entry in RESULTS["landmarks"] if entry["seed"] == run["seed"])
-    assert train.lost(run) == pytest.approx(1 - train.gain_share(run["train"], start))
 
 
 # ---------------------------------------------------------------- f(x) + c of stored feedback
-def test_estimated_offsets_are_means_over_the_batch_or_over_the_prompt():
-    residual = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    prompts = torch.tensor([[0, 1], [2, 1], [0, 1], [0, 3]])
-    assert train.estimated_offset(residual, prompts, "batch").tolist() == [3.75] * 4
-    assert train.estimated_offset(residual, prompts, "prompt").tolist() == [2.5, 2.0, 2.5, 8.0]
-
-
 @pytest.fixture(scope="module")
 def stored():
-    reference, policy, world = small_world(prompts=data.TRAIN_PROMPTS)
-    feedback = train.collect_feedback(train.Settings(judged=96), 0, reference, CPU)
-    return reference, policy, world, feedback
+    """All feedback on 96 responses of short_train's language, a policy some way from the reference,
+    and the reference's world of the training prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in short_train.LANGUAGE.items():
+            patch.setattr(data, name, value)
+        patch.setattr(data, "TRAIN_PROMPTS", data.PROMPTS[1:12:5])    # three moods
+        settings = train.Settings(device="cpu", judged=96, reference_steps=8, n_layer=1, n_head=1,
+                                  n_embd=8)
+        reference = train.train_reference(settings, 0)
+        feedback = train.collect_feedback(settings, 0, reference)
+        return SimpleNamespace(
+            policy=moved(reference, 0.3), prompts=data.TRAIN_PROMPTS, feedback=feedback,
+            rewards=data.reward(feedback.tokens[:, :3], feedback.tokens[:, 3:]),
+            world=exact.World(reference, data.TRAIN_PROMPTS, 0.25))
 
 
-def losses(stored, method, offset):
-    reference, policy, world, feedback = stored
-    settings = train.Settings(batch=96, offset=offset)
-    torch.manual_seed(0)
-    return next(train.offline_rounds(method, policy, reference, feedback, world, settings, 0.5, 0))[0].sort().values
+def loss_of(stored, name, offset, beta):
+    """The loss of every response, (96,), where the task's beta is 0.25."""
+    method = variants.method_of((name, offset), (1e-3, beta / 0.25), stored.world, 0.25)
+    batch = data.take(stored.feedback, torch.arange(96))
+    return method.loss(stored.policy, batch, method.beta * 0.25)
 
 
-def test_eq13_with_each_offset_is_the_loss_written_out_response_by_response(stored):
-    reference, policy, world, feedback = stored
-    rho = train.response_logprob(policy, feedback.tokens, feedback.mask) - train.response_logprob(reference, feedback.tokens, feedback.mask)
-    reward = data.reward(feedback.tokens[:, :3], feedback.tokens[:, 3:])
-    residual = reward - 0.5 * rho
-    index = [data.TRAIN_PROMPTS.index(data.ENCODING.decode(row.tolist())) for row in feedback.tokens[:, :3]]
-    beta_log_z = [0.5 * math.log((ref.exp() * (rewards / 0.5).exp()).sum()) for ref, rewards in zip(world.ref_logprobs, world.rewards)]
+def test_estimated_offsets_are_means_over_the_batch_or_over_the_prompt():
+    residual = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    reward = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
+    batch = SimpleNamespace(tokens=torch.tensor([[0, 1, 9, 5], [2, 1, 9, 5], [0, 1, 9, 7],
+                                                 [0, 3, 9, 5]]),
+                            scores=(residual + reward).sigmoid())
+    over_batch = variants.mean_residual("batch")(reward, batch)
+    over_prompt = variants.mean_residual("prompt")(reward, batch)
+    assert over_batch.tolist() == pytest.approx([3.75] * 4)
+    assert over_prompt.tolist() == pytest.approx([2.5, 2.0, 2.5, 8.0])
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.0625])
+def test_eq13_with_each_offset_is_the_loss_written_out_response_by_response(stored, beta):
+    feedback, world = stored.feedback, stored.world
+    logprob = train.model_logprob(stored.policy, feedback.tokens, feedback.mask).detach()
+    rho = logprob - feedback.ref_logprob
+    residual = stored.rewards - beta * rho
+    index = [stored.prompts.index(data.ENCODING.decode(row[:3].tolist()))
+             for row in feedback.tokens]
+    beta_log_z = [beta * math.log((ref.exp() * (rewards / beta).exp()).sum())
+                  for ref, rewards in zip(world.ref_logprobs, world.rewards)]
+    assert len({round(value, 3) for value in beta_log_z}) == 3   # no two prompts have the same
     offsets = {
-        "zero": [0.0] * 96, "batch": [residual.mean().item()] * 96, "exact": [beta_log_z[i] for i in index],
-        "prompt": [np.mean([residual[k].item() for k in range(96) if index[k] == i]) for i in index],
+        "zero": [0.0] * 96, "batch": [residual.mean().item()] * 96,
+        "exact": [beta_log_z[i] for i in index],
+        "prompt": [np.mean([residual[k].item() for k in range(96) if index[k] == i])
+                   for i in index],
     }
     for offset, values in offsets.items():
-        expected = (torch.sigmoid(0.5 * rho + torch.tensor(values, dtype=torch.float32)) - feedback.scores) ** 2
-        assert torch.allclose(losses(stored, "una-score", offset), expected.sort().values, atol=1e-5), offset
+        implicit = torch.sigmoid(beta * rho + torch.tensor(values, dtype=torch.float32))
+        expected = (implicit - feedback.scores) ** 2
+        got = loss_of(stored, "una-score", offset, beta)
+        assert torch.allclose(got, expected, atol=1e-5), offset
 
 
-def test_eq10_no_offset_is_seen_in_pairs_and_thumbs_see_it(stored):
-    assert torch.allclose(losses(stored, "una-pair", "exact"), losses(stored, "una-pair", "zero"), atol=1e-6)
-    assert not torch.allclose(losses(stored, "una-binary-bce", "exact"), losses(stored, "una-binary-bce", "zero"), atol=1e-2)
+def test_eq12_with_the_exact_offset_is_the_cross_entropy_with_it(stored):
+    feedback = stored.feedback
+    batch = data.take(feedback, torch.arange(96))
+    logit = train.implicit_reward(stored.policy, batch, 0.5)
+    logit = logit + variants.exact_offset(stored.world, 0.5)(logit, batch)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, feedback.labels,
+                                                                    reduction="none")
+    assert torch.allclose(loss_of(stored, "una-binary-bce", "exact", 0.5), expected, atol=1e-6)
 
 
-def test_estimated_offsets_carry_no_gradient(stored):
-    # With gradient the mean residual would be fitted away: a shift of all logprobs would cost nothing.
-    reference, policy, world, feedback = stored
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "estimated_offset", lambda residual, prompts, offset: seen.append(residual.requires_grad) or 0.0)
-        policy.requires_grad_(True)
-        next(train.offline_rounds("una-score", policy, reference, feedback, world, train.Settings(offset="batch"), 0.25, 0))
-        policy.requires_grad_(False)
-    assert seen == [False]
+def test_eq10_no_offset_is_seen_in_pairs_and_binary_feedback_sees_it(stored):
+    pairs = data.take(stored.feedback, stored.feedback.pairs.T.flatten())
+    reward = train.implicit_reward(stored.policy, pairs, 0.5)
+    with_offset = reward + variants.exact_offset(stored.world, 0.5)(reward, pairs)
+    assert (with_offset - reward).abs().min() > 0.01
+    assert torch.allclose(una.una_pair_loss(*with_offset.chunk(2)),
+                          una.una_pair_loss(*reward.chunk(2)), atol=1e-6)
+    assert not torch.allclose(loss_of(stored, "una-binary-bce", "exact", 0.5),
+                              loss_of(stored, "una-binary-bce", "zero", 0.5), atol=1e-2)
 
 
-# ---------------------------------------------------------------- the optimiser's step
-def test_a_long_gradient_is_cut_to_norm_1_and_a_short_one_is_left():
-    for slope, expected in ((30.0, 1.0), (0.5, 0.5)):
-        weight = torch.nn.Parameter(torch.zeros(4))
-        optimizer = torch.optim.SGD([weight], lr=0.0)
-        train.descend(optimizer, slope / 2 * weight.sum(), 1.0, 1, 1)
-        assert weight.grad.norm().item() == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize("over", ["batch", "prompt"])
+def test_estimated_offsets_carry_no_gradient(stored, over):
+    # With gradient the mean residual would be fitted away: a shift of all logprobs would cost
+    # nothing.
+    batch = data.take(stored.feedback, torch.arange(96))
+    reward = train.implicit_reward(stored.policy, batch, 0.25)
+    offset = variants.mean_residual(over)(reward, batch)
+    assert reward.requires_grad and not offset.requires_grad
+    weights = [*stored.policy.parameters()]
+    constant = una.una_score_loss(reward + offset.clone(), batch.scores).sum()
+    expected = torch.autograd.grad(constant, weights)
+    got = torch.autograd.grad(loss_of(stored, "una-score", over, 0.25).sum(), weights)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_the_weights(value):
-    weight = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(FloatingPointError, match="step 3"):
-        train.descend(torch.optim.SGD([weight], lr=1.0), weight.sum() * value, 1.0, 3, 10)
-    assert weight.item() == 1.0
+def test_without_an_offset_a_variant_is_the_method_with_the_cells_settings():
+    for name, own in train.METHODS.items():
+        method = variants.method_of((name, "zero"), (0.125, 3), None, 0.25)
+        assert method == own._replace(learning_rate=0.125, beta=3)
+
+
+# ---------------------------------------------------------------- the gradient's noise
+def test_gradient_noise_is_the_trace_of_the_gradients_covariance():
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    bias = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    points = torch.randn(8, 5, 2, generator=torch.Generator().manual_seed(0)).double()
+    losses = ((batch @ weight + bias) ** 2 for batch in points)
+    gradients = np.array([[*(2 * batch.sum(1, keepdims=True) * batch).mean(0),
+                           2 * batch.sum(1).mean()] for batch in points.numpy()])
+    expected = np.trace(np.cov(gradients.T))
+    assert variants.gradient_noise(losses, [weight, bias]) == pytest.approx(expected)
+    assert weight.grad is None                                   # measuring leaves nothing behind
+
+
+def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypatch):
+    # pi* itself cannot be had as a GPT; but a reward whose optimum is the policy can:
+    # r = beta log pi/pi_ref + f(x).
+    reference, policy = small().reference, moved(small().reference, 0.3)
+    monkeypatch.setattr(data, "TRAIN_PROMPTS", data.TRAIN_PROMPTS[:2])
+    shared = SimpleNamespace(reference=reference, reward_model=None)
+
+    def optimal_here(tokens, mask):
+        with torch.no_grad():
+            rho = (train.model_logprob(policy, tokens, mask)
+                   - train.model_logprob(reference, tokens, mask))
+        return 0.25 * rho + tokens[:, 0]
+
+    def noise(name):
+        batches = train.fresh_batches(policy, ScalarGPT(policy), shared, 32, 0)
+        losses = (train.METHODS[name].loss(policy, batch, 0.25) for batch in batches)
+        return variants.gradient_noise(losses, [*policy.parameters()])
+
+    assert noise("una-online") > 1e-3
+    monkeypatch.setattr(train, "judge_reward", optimal_here)
+    assert noise("una-online") < 1e-8
+    assert noise("ppo") > 1e-3                  # advantages are scaled to deviation 1, always
+
+
+@pytest.fixture
+def few_prompts(monkeypatch):
+    """small(), and its prompts for what trains on it."""
+    shared = small()
+    monkeypatch.setattr(data, "TRAIN_PROMPTS", data.TRAIN_PROMPTS[:2])
+    monkeypatch.setattr(data, "HELDOUT_PROMPTS", data.HELDOUT_PROMPTS[:1])
+    return shared
+
+
+def noise_of(shared, name, settings, seed=3):
+    """A run whose gradient's noise is measured: its entry and its observer."""
+    method = train.METHODS[name]
+    observer = variants.NoiseObserver(method, shared, settings, seed)
+    watched = method._replace(loss=observer.loss)
+    entry = train.run_method(settings, seed, name, shared, watched, lambda *_: observer)["runs"]
+    return entry, observer
+
+
+@pytest.mark.parametrize("name", claims.ONLINE)
+def test_measuring_the_noise_changes_nothing_of_a_run(few_prompts, name):
+    settings = replace(few_prompts.settings, steps=4, evaluations=2, batch=16)
+    entry, _ = noise_of(few_prompts, name, settings)
+    plain = train.run_method(settings, 3, name, few_prompts)["runs"]
+    assert entry["train"] == plain["train"] and entry["heldout"] == plain["heldout"]
+    assert [point["regret"] for point in entry["curve"]] == [
+        point["regret"] for point in plain["curve"]]
+    assert [point["step"] for point in entry["curve"]] == [0, 1, 4]
+    assert all(point["gradient_noise"] > 0 for point in entry["curve"])
+    assert entry["state_bytes"] == plain["state_bytes"]
+
+
+def test_the_noise_is_the_policys_and_value_models_in_training_on_a_stream_of_its_own(
+        few_prompts, monkeypatch):
+    settings = replace(few_prompts.settings, steps=4, batch=16)
+    streams, trained = [], []
+    fresh_batches = train.fresh_batches
+
+    def record(policy, value, shared, size, seed):
+        streams.append(seed)
+        trained.append((policy, value))
+        return fresh_batches(policy, value, shared, size, seed)
+    monkeypatch.setattr(train, "fresh_batches", record)
+    _, observer = noise_of(few_prompts, "ppo", settings)
+    assert streams == [3 + 10**6, 3]
+    for measured, model in zip((observer.policy, observer.value), trained[1]):
+        assert measured is not model
+        for a, b in zip(measured.parameters(), model.parameters()):
+            assert torch.equal(a, b)
+    assert observer.value.scalar.weight.abs().sum() > 0          # it began at 0
+
+
+def test_noise_is_that_of_the_first_inner_step_and_of_eight_batches(few_prompts):
+    calls = []
+
+    def loss(policy, batch, beta):
+        calls.append(batch)
+        return train.una_online(policy, batch, beta)
+    method = train.METHODS["ppo"]._replace(loss=loss)            # two inner steps
+    settings = replace(few_prompts.settings, batch=16)
+    variants.NoiseObserver(method, few_prompts, settings, 0)
+    assert len(calls) == len(set(map(id, calls))) == 8
 
 
 # ---------------------------------------------------------------- a fair comparison
 def test_every_method_has_a_grid_of_the_same_size_and_no_seed_both_tunes_and_reports():
-    assert {len(rates) * len(multiples) for rates, multiples in train.GRIDS.values()} == {16}
-    assert all(len(set(rates)) == len(set(multiples)) == 4 for rates, multiples in train.GRIDS.values())
-    assert {method for method, offset in train.GRIDS if offset == "zero"} == set(train.METHODS) - {"dpo"}
-    assert not set(train.TUNING_SEEDS) & set(train.REPORTED_SEEDS) and len(train.REPORTED_SEEDS) >= 5
+    assert {len(rates) * len(multiples) for rates, multiples in claims.GRIDS.values()} == {16}
+    assert all(len(set(rates)) == len(set(multiples)) == 4
+               for rates, multiples in claims.GRIDS.values())
+    with_zero = {method for method, offset in claims.GRIDS if offset == "zero"}
+    assert with_zero == set(train.METHODS) - {"dpo"}
+    assert not set(claims.TUNING_SEEDS) & set(claims.REPORTED_SEEDS)
+    assert len(claims.REPORTED_SEEDS) >= 5
 
 
-FIGURES = dict(reward=1.0, kl=0.5, objective=0.875, optimum=1.0, regret=0.125, frontier_reward=1.1, residual_variance=0.1)
+FIGURES = dict(reward=1.0, kl=0.5, objective=0.875, optimum=1.0, regret=0.125,
+               frontier_reward=1.1, residual_variance=0.1)
 
 
 class Inline:
-    """A pool of processes that is none."""
-    def __init__(self, *_):
+    """run.Jobs without processes."""
+
+    def __init__(self, n):
         pass
 
     def __enter__(self):
@@ -207,186 +253,330 @@ class Inline:
     def __exit__(self, *_):
         pass
 
-    def submit(self, function, *arguments):
-        future = concurrent.futures.Future()
-        future.set_result(function(*arguments))
-        return future
+    def run(self, function, jobs, ended):
+        for job in jobs:
+            ended(job, function(*job))
 
 
 @pytest.fixture
 def rehearsal(monkeypatch, tmp_path):
-    """settle_claims with runs that cost nothing: (run it, the runs made so far). Their regret is least at rate 3e-3 and beta 1."""
-    made = []
+    """lab.claims with runs that cost nothing. Their regret is least at rate 3e-3 and beta 1.
 
-    def measure(method, seed, settings, reference, feedback, worlds, reward_model, cell):
-        rate, multiple = cell
-        made.append((method, settings.offset, seed, cell, settings.reward, settings.steps, settings.judged))
-        if rate > 1e-2:
-            raise FloatingPointError("the loss of step 9 is inf")
+    A namespace: run(flags), its status; made, the runs so far; diverge, a set of (method, seed) to
+    fill; stop_at, after how many runs Ctrl-C comes.
+    """
+    here = SimpleNamespace(made=[], diverge=set(), stop_at=math.inf, memory=[])
+
+    def run_variant(settings, seed, variant, cell, path):
+        if len(here.made) >= here.stop_at:
+            here.stop_at = math.inf
+            raise KeyboardInterrupt
+        assert Path(path).exists()
+        (name, offset), (rate, multiple) = variant, cell
+        here.made.append((name, offset, seed, cell, settings.reward, settings.steps,
+                          settings.judged, settings.evaluations))
+        entry = dict(offset=offset, judged=settings.judged, steps=settings.steps, method=name,
+                     seed=seed, start_loss=1.0)
+        if rate > 1e-2 or (name, seed) in here.diverge:
+            return dict(runs=entry | dict(diverged="the loss of step 9 is inf"))
         regret = 0.1 * abs(math.log(rate / 3e-3)) + 0.1 * abs(math.log(multiple)) + 0.001 * seed
-        source = dict(reward_source=settings.reward) if method in train.ONLINE else {}
-        curve = [dict(seconds=0.0, regret=1.0), dict(seconds=1.0, regret=regret)]
-        return None, None, dict(method=method, seed=seed, seconds=1.0, train=FIGURES, heldout=FIGURES, curve=curve) | source
+        point = dict(loss=0.5, gradient_noise=1.0)
+        curve = [dict(step=0, seconds=0.0, regret=1.0, gradient_noise=1.0),
+                 dict(step=400, seconds=1.0 + 0.01 * seed, regret=regret) | point]
+        entry |= dict(seconds=1.0 + 0.01 * seed, state_bytes=1000, train=FIGURES, heldout=FIGURES,
+                      curve=curve)
+        if name in claims.ONLINE:
+            entry["reward_source"] = settings.reward
+        if settings.reward == "model":
+            entry["reward_model"] = dict(accuracy=0.8, model_gain=0.5 + seed / 100, judge_gain=0.5)
+        return dict(runs=entry)
 
-    world = SimpleNamespace(tilted=lambda b: (1 + 1 / b, 1 / b))
-    landmarks = [dict(method=name, train=FIGURES, heldout=FIGURES) for name in ("reference", "optimum")]
+    def prepare(settings, seed, path):
+        Path(path).touch()
+        start = dict(method="reference", seed=seed, train=FIGURES, heldout=FIGURES, dots=[],
+                     samples={}, stages={})
+        best = dict(method="optimum", seed=seed, train=FIGURES, heldout=FIGURES,
+                    frontier=[[0.1, 1.0], [0.5, 1.2]])
+        return dict(reference=start | dict(train=FIGURES | dict(objective=0.5)), optimum=best)
 
-    def prepare(settings, seed, device):
-        return None, {"train": world}, [entry | dict(seed=seed) for entry in landmarks]
-    for name, stand_in in dict(measure=measure, prepare=prepare, ProcessPoolExecutor=Inline, as_completed=list,
-                               collect_feedback=lambda *_: None, train_reward_model=lambda *_: None,
-                               peak_memory=lambda method, settings: 7).items():
-        monkeypatch.setattr(train, name, stand_in)
-    train.prepared.cache_clear()
+    def peak_memory(settings, name):
+        here.memory.append((name, settings.reward))
+        return dict(method=name, reward_source=settings.reward, bytes=7)
 
-    def run():
-        train.settle_claims(train.Settings(device="cpu", out=str(tmp_path)))
-        return json.loads((tmp_path / "claims.json").read_text())
-    yield run, made
-    train.prepared.cache_clear()
+    monkeypatch.setattr(variants, "run_variant", run_variant)
+    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(memory, "peak_memory", peak_memory)
+    monkeypatch.setattr(run, "Jobs", Inline)
+    monkeypatch.setattr(figures, "picture", lambda path, *_, **__: Path(path).touch())
+    here.run = lambda flags="": claims.main(["--device", "cpu", "--out", str(tmp_path),
+                                             *flags.split()])
+    here.found = lambda: json.loads((tmp_path / "claims.json").read_text(encoding="utf-8"))
+    return here
 
 
 def test_claims_tune_on_the_tuning_seeds_and_report_the_best_cells_on_the_others(rehearsal):
-    run, made = rehearsal
-    found = run()
-    tuned = [entry for entry in made if entry[2] in train.TUNING_SEEDS]
-    assert len(tuned) == len(set(tuned)) == 16 * len(train.GRIDS) * len(train.TUNING_SEEDS)
-    best = {(method, offset): min(((rate, multiple) for rate in rates for multiple in multiples if rate <= 1e-2),
-                                  key=lambda cell: abs(math.log(cell[0] / 3e-3)) + abs(math.log(cell[1])))
-            for (method, offset), (rates, multiples) in train.GRIDS.items()}
+    assert rehearsal.run() == 0
+    made, found = rehearsal.made, rehearsal.found()
+    tuned = [entry for entry in made if entry[2] in claims.TUNING_SEEDS]
+    assert len(tuned) == len(set(tuned)) == 16 * len(claims.GRIDS) * len(claims.TUNING_SEEDS)
+
+    def distance(cell):
+        return abs(math.log(cell[0] / 3e-3)) + abs(math.log(cell[1]))
+    best = {variant: min(((rate, multiple) for rate in rates for multiple in multiples
+                          if rate <= 1e-2), key=distance)
+            for variant, (rates, multiples) in claims.GRIDS.items()}
     best["dpo", "zero"] = best["una-pair", "zero"]
-    stored = [method for method in train.METHODS if method not in train.ONLINE]
-    expected = [(method, "zero", seed, "true", 400, 4096) for method in train.METHODS for seed in train.REPORTED_SEEDS]
-    expected += [(method, "zero", seed, "model", 400, 4096) for method in ("una-online", "ppo") for seed in train.REPORTED_SEEDS]
-    expected += [("una-online", "zero", seed, "true", 1000, 4096) for seed in train.REPORTED_SEEDS]
-    expected += [(*variant, seed, "true", 400, 4096) for variant in train.GRIDS if variant[1] != "zero" for seed in train.REPORTED_SEEDS]
-    expected += [(method, "zero", seed, "true", 400, size)
-                 for method in stored if method != "dpo" for seed in train.REPORTED_SEEDS[:5] for size in (256, 1024, 16384)]
-    reported = [entry for entry in made if entry[2] not in train.TUNING_SEEDS]
+    stored = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
+    seeds = claims.REPORTED_SEEDS
+    expected = [(name, "zero", seed, "judge", 400, 4096, 1 if name in stored else 11)
+                for name in train.METHODS for seed in seeds]
+    expected += [(name, "zero", seed, "model", 400, 4096, 1)
+                 for name in ("una-online", "ppo") for seed in seeds]
+    expected += [("una-online", "zero", seed, "judge", 1000, 4096, 1) for seed in seeds]
+    expected += [(*variant, seed, "judge", 400, 4096, 1)
+                 for variant in claims.GRIDS if variant[1] != "zero" for seed in seeds]
+    expected += [(name, "zero", seed, "judge", 400, size, 1)
+                 for name in stored if name != "dpo" for seed in seeds[:5]
+                 for size in (256, 1024, 16384)]
+    reported = [entry for entry in made if entry[2] not in claims.TUNING_SEEDS]
     assert sorted((*entry[:3], *entry[4:]) for entry in reported) == sorted(expected)
     assert all(entry[3] == best[entry[:2]] for entry in reported)
-    assert all(cell["lost"] == [None, None] for cell in found["tuning"] if cell["learning_rate"] > 1e-2)   # diverged: never the best
+    assert all(cell["lost"] == [None, None] for cell in found["tuning"]
+               if cell["learning_rate"] > 1e-2)                  # diverged: never the best
     assert [len(found[key]) for key in ("runs", "longer", "offsets", "sizes")] == [96, 8, 32, 90]
-    assert len(found["landmarks"]) == 16 and len(found["peak_memory"]) == len(train.METHODS) + 2
+    assert [entry["seed"] for entry in found["reference"]] == [*seeds]
+    assert [entry["seed"] for entry in found["optimum"]] == [*seeds]
+    assert len(found["peak_memory"]) == len(train.METHODS) + 2
+    assert sorted(rehearsal.memory) == sorted([(name, "judge") for name in train.METHODS]
+                                              + [("una-online", "model"), ("ppo", "model")])
+    assert found["settings"]["seeds"] == 8 and found["settings"]["judged"] == 4096
 
 
 def test_claims_go_on_where_they_were_stopped(rehearsal, tmp_path):
-    run, made = rehearsal
-    first, count = run(), len(made)
-    lost_part = min((tmp_path / "parts").iterdir())
+    rehearsal.run()
+    first, count = rehearsal.found(), len(rehearsal.made)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    lost_part = min((tmp_path / "parts").glob("una-*.json"))
     lost_part.unlink()
-    assert run() == first and len(made) == count + 1 and lost_part.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.json", "frontier.png", "parts", "regret-over-time.png"]
+    rehearsal.run("--jobs 3")                                    # its name depends on no such thing
+    second = rehearsal.found()
+    assert second["settings"].pop("jobs") == 3 and first["settings"].pop("jobs") >= 1
+    assert second == first and len(rehearsal.made) == count + 1 and lost_part.exists()
+    assert page == (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "claims.json", "frontier.png", "parts", "regret-over-time.png"]
 
 
-def test_the_flag_settles_the_claims_in_assets_unless_told_otherwise(monkeypatch, tmp_path):
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(rehearsal, tmp_path, capsys):
+    rehearsal.stop_at = 100
+    assert rehearsal.run() == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("lab.claims: interrupted in tuning, 100 of 416 parts done. ")
+    assert f"{tmp_path}/parts" in told
+    assert not (tmp_path / "claims.json").exists()
+    assert rehearsal.run() == 0
+    assert len(rehearsal.made) == len(set(rehearsal.made))       # nothing was run twice
+    assert len(rehearsal.made) == 416 + 96 + 8 + 32 + 90
+
+
+def test_a_prepared_seed_that_was_lost_is_prepared_anew(rehearsal, tmp_path):
+    rehearsal.run()
+    lost = min((tmp_path / "parts").glob("*.pt"))
+    lost.unlink()
+    count = len(rehearsal.made)
+    assert rehearsal.run() == 0 and lost.exists() and len(rehearsal.made) == count
+
+
+def test_claims_are_settled_in_lab_unless_told_otherwise(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     told = []
-    monkeypatch.setattr(train, "settle_claims", told.append)
-    train.main(["--claims"])
-    train.main(["--claims", "--out", "elsewhere"])
-    train.main(["--claims", "--quick"])                                     # a rehearsal does not write over results
-    assert [settings.out for settings in told] == ["assets", "elsewhere", "out/toy"]
+    monkeypatch.setattr(claims, "settle", lambda settings: told.append(settings) or dict(
+        runs=[], longer=[], offsets=[], sizes=[]))
+    monkeypatch.setattr(claims, "write_page", lambda *_: None)
+    claims.main([])
+    claims.main(["--out", "elsewhere"])
+    assert [settings.out for settings in told] == ["lab", "elsewhere"]
+    defaults = train.Settings(methods=[*train.METHODS])
+    for settings in told:
+        assert replace(settings, out=defaults.out, jobs=0, device="auto") == defaults
 
 
-def test_a_diverged_cell_is_the_worst_and_a_diverged_reported_run_ends_in_one_line(tmp_path, monkeypatch):
-    def measure(method, seed, *_):
-        raise FloatingPointError("the loss of step 2 is nan")
-    monkeypatch.setattr(train, "measure", measure)
-    monkeypatch.setattr(train, "prepared", lambda seed, **_: (None, {}, [dict(seed=seed)]))
-    monkeypatch.setattr(train, "collect_feedback", lambda *_: None)
-    job = dict(method="kto", seed=3, cell=(1e-3, 1.0), settings=vars(train.Settings(device="cpu")))
-    run, landmarks = train.run_job(job, str(tmp_path))
-    assert run["diverged"] == "the loss of step 2 is nan" and train.lost(run) == math.inf and landmarks == [dict(seed=3)]
-    monkeypatch.setattr(train, "reward_panel", lambda *_: None)
-    monkeypatch.setattr(train, "prepare", lambda *_: (None, {"train": SimpleNamespace(ref_logprobs=None)}, []))
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--methods", "kto", "--seed", "7", "--out", str(tmp_path / "out")])
-    assert stop.value.code == "train.py: kto diverged on seed 7: the loss of step 2 is nan"
+def test_a_diverged_cell_is_the_worst_and_a_diverged_reported_run_is_kept_and_told(
+        rehearsal, tmp_path, capsys):
+    rehearsal.diverge |= {("kto", 12), ("kto", 15), ("una-score", 11), ("ppo", 18),
+                          *(("una-mixed", seed) for seed in claims.REPORTED_SEEDS)}
+    assert rehearsal.run() == 1
+    told = capsys.readouterr().err.splitlines()
+    assert "seed 12 | kto diverged: the loss of step 9 is inf" in told
+    found = rehearsal.found()
+    assert len(found["runs"]) == 96
+    assert sum("diverged" in entry for entry in found["runs"]) == 2 + 1 + 2 + 8
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "(2 of 8 diverged)" in page and "(8 of 8 diverged)" in page
+    assert "nan" not in page and "inf" not in page.replace("infinite", "")
+    count = len(rehearsal.made)
+    rehearsal.run()
+    assert len(rehearsal.made) == count                          # it is not run again
 
 
-# ---------------------------------------------------------------- what is said of it
-def test_interval_is_students():
-    # A textbook's: differences 1..10 have mean 5.5, deviation 3.0277, and 95% interval 5.5 +- 2.262 * 3.0277 / sqrt(10).
-    assert claims.interval(np.arange(1.0, 11.0)) == pytest.approx((5.5, 3.3341, 7.6659), abs=1e-3)
+def test_a_run_that_leaves_the_numbers_has_lost_more_than_any_other(few_prompts, tmp_path):
+    path = str(tmp_path / "shared.pt")
+    torch.save(few_prompts, path)
+    settings = replace(few_prompts.settings, steps=2)
+    for variant in (("kto", "zero"), ("una-score", "batch"), ("una-online", "zero")):
+        entry = variants.run_variant(settings, 3, variant, (1e39, 1.0), path)["runs"]
+        assert entry["diverged"] and figures.lost(entry) == math.inf
+        assert (entry["method"], entry["offset"], entry["seed"]) == (*variant, 3)
 
 
-def test_verdicts_follow_from_the_interval_alone():
-    def runs(*regrets):
-        return [dict(curve=[dict(regret=1.0), dict(regret=regret)]) for regret in regrets]
-    low, high, wide = runs(0.1, 0.1, 0.12, 0.1, 0.11), runs(0.2, 0.22, 0.2, 0.2, 0.21), runs(0.0, 0.5, 0.0, 0.3, 0.0)
-    assert claims.less("", "", low, high)[-1] == "replicates"
-    assert claims.less("", "", high, low)[-1] == "does not: the reverse"
-    assert claims.less("", "", low, wide)[-1] == claims.less("", "", wide, low)[-1] == "does not: no difference shown"
-    assert claims.less("", "", low, high)[2] == "10.6 ± 0.89 % against 20.6 ± 0.89 %"
-    assert claims.sooner("", "", [1.0, 1.1], [2.0, 2.2])[2:] == ["1.05 s against 2.1 s", "× 2 [2, 2]", "replicates"]
-    assert claims.sooner("", "", [1.0, 1.1, 1.0], [math.inf, 2.2, 2.0])[2].endswith("3 and 2 of 3 seeds arrive")
-    assert claims.sooner("", "", [2.0, 2.2], [1.0, 1.1])[-1] == "does not: the reverse"
+def test_what_a_run_needs_beyond_the_prepared_seed_is_made_for_it(few_prompts, tmp_path):
+    path = str(tmp_path / "shared.pt")
+    torch.save(few_prompts, path)
+    settings = few_prompts.settings
+    same = variants.shared_by(settings, 0, path)
+    assert same.reward_model is None
+    assert torch.equal(same.feedback.tokens, few_prompts.feedback.tokens)
+    other = variants.shared_by(replace(settings, judged=48, reward="model"), 0, path)
+    expected = train.collect_feedback(replace(settings, judged=48), 0, few_prompts.reference)
+    assert torch.equal(other.feedback.tokens, expected.tokens)
+    assert torch.equal(other.feedback.pairs, expected.pairs)
+    assert isinstance(other.reward_model, ScalarGPT)
+    again = variants.shared_by(settings, 0, path)                # the prepared seed is as it was
+    assert len(again.feedback.tokens) == 96 and again.reward_model is None
 
 
-def test_the_readmes_numbers_are_those_of_claims_json():
-    readme = (ROOT / "README.md").read_text()
-    assert claims.written_into(readme, RESULTS) == readme
-    altered = json.loads(json.dumps(RESULTS))
-    for run in altered["runs"]:
-        run["curve"][-1]["regret"] += 0.1 * (1 + run["seed"] % 3)
-    assert claims.written_into(readme, altered) != readme
+# ---------------------------------------------------------------- parts
+SOURCE = '''"""A module."""
+import math
 
 
-def test_claims_json_is_of_the_defaults_and_complete():
-    for name, value in RESULTS["settings"].items():
-        if name not in ("out", "claims", "device"):
-            assert value == getattr(train.Settings(), name), name
-    for method in train.METHODS:
-        for source in ("true", "model") if method in ("una-online", "ppo") else ("true",) if method in train.ONLINE else (None,):
-            seeds = [run["seed"] for run in RESULTS["runs"] if (run["method"], run.get("reward_source")) == (method, source)]
-            assert seeds == list(train.REPORTED_SEEDS), (method, source)
-    for (method, offset), (rates, multiples) in train.GRIDS.items():
-        cells = claims.cells(RESULTS, method, offset)
-        assert [(cell["learning_rate"], cell["multiple"]) for cell in cells] == list(itertools.product(rates, multiples))
-        assert all(len(cell["lost"]) == len(train.TUNING_SEEDS) for cell in cells) and sum(cell["best"] for cell in cells) == 1
+def half(x):
+    """x / 2."""
+    return x * 0.5     # exact
+'''
 
 
-def test_the_methods_own_settings_are_the_best_cells_of_their_grids():
-    for method, own in train.METHODS.items():
-        (best,) = [cell for cell in claims.cells(RESULTS, "una-pair" if method == "dpo" else method) if cell["best"]]
-        assert own == (best["learning_rate"], best["multiple"]), method
+def test_syntax_is_the_same_with_other_prose_and_another_with_another_number():
+    same = SOURCE.replace("A module.", "Another.").replace("x / 2.", "Half of\n    x.")
+    same = same.replace("# exact", "# no rounding").replace("import math\n", "import math  # !\n")
+    assert same != SOURCE and claims.syntax(same) == claims.syntax(SOURCE)
+    assert claims.syntax(SOURCE.replace('    """x / 2."""\n', "")) == claims.syntax(SOURCE)
+    for old, new in (("0.5", "0.25"), ("import math", "import cmath"), ("* 0.5", "/ 0.5"),
+                     ("return x * 0.5", "return 'x'")):
+        assert claims.syntax(SOURCE.replace(old, new)) != claims.syntax(SOURCE), new
 
 
-def test_una_pair_and_dpo_agree_in_every_figure_of_every_seed():
-    pair, dpo = ([(run["seed"], run["train"], run["heldout"]) for run in RESULTS["runs"] if run["method"] == method]
-                 for method in ("una-pair", "dpo"))
-    assert pair == dpo and len(dpo) == len(train.REPORTED_SEEDS)
+@contextlib.contextmanager
+def changed(monkeypatch, folder, name, change):
+    """The repository with one file changed, for the keys of parts."""
+    for path in claims.TRAINS:
+        (folder / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    source = (folder / name).read_text(encoding="utf-8")
+    (folder / name).write_text(change(source), encoding="utf-8")
+    assert (folder / name).read_text(encoding="utf-8") != source
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "ROOT", folder)
+        claims.code_that_trains.cache_clear()
+        yield
+    claims.code_that_trains.cache_clear()
 
 
-def test_una_online_ends_within_a_hundredth_of_the_possible_gain():
-    assert max(train.lost(run) for run in RESULTS["runs"] if (run["method"], run.get("reward_source")) == ("una-online", "true")) < 0.01
+@pytest.mark.parametrize("name", ["una.py", "model.py", "data.py", "train.py", "lab/exact.py",
+                                  "lab/variants.py"])
+def test_a_parts_name_changes_with_the_code_that_trains_and_not_with_its_prose(
+        name, monkeypatch, tmp_path):
+    assert set(claims.TRAINS) >= {name}
+
+    def path():
+        return claims.part_path("parts", train.Settings(), 11, "kto", "zero", 1e-3, 0.5)
+    before = path()
+    with changed(monkeypatch, tmp_path, name, lambda source: "# A comment.\n" + source):
+        assert path() == before
+    with changed(monkeypatch, tmp_path, name, lambda source: source.replace('"""', '"""So: ', 1)):
+        assert path() == before
+    with changed(monkeypatch, tmp_path, name, lambda source: source + "\nEXTRA = 2\n"):
+        with_2 = path()
+    with changed(monkeypatch, tmp_path, name, lambda source: source + "\nEXTRA = 3\n"):
+        assert len({before, with_2, path()}) == 3
+    assert path() == before
 
 
-def test_differences_alone_let_probability_leave_for_strings_that_no_one_judged():
-    # What the README says of pairs where feedback is short, and of offsets estimated from stored responses.
-    short = [run for run in RESULTS["sizes"] if run["method"] == "una-pair" and run["judged"] <= 1024]
-    estimated = [run for run in RESULTS["offsets"] if run["offset"] in ("batch", "prompt")]
-    for runs in (short, estimated):
-        ends = [run["curve"][-1] for run in runs]
-        assert len(runs) >= 10 and all(end["chosen_reward"] < 0 and end["rejected_reward"] < end["chosen_reward"] for end in ends)
-        assert np.median([run["train"]["kl"] for run in runs]) > 3 and np.median([run["train"]["reward"] for run in runs]) < 0.53   # pi_ref has 0.53
+def test_a_parts_name_has_all_that_the_run_depends_on():
+    settings = train.Settings()
+    names = {claims.part_path("parts", *arguments) for arguments in (
+        (settings, 11, "kto", "zero", 1e-3, 0.5), (settings, 12, "kto", "zero", 1e-3, 0.5),
+        (settings, 11, "dpo", "zero", 1e-3, 0.5), (settings, 11, "kto", "exact", 1e-3, 0.5),
+        (settings, 11, "kto", "zero", 2e-3, 0.5), (settings, 11, "kto", "zero", 1e-3, 0.25),
+        *((replace(settings, **change), 11, "kto", "zero", 1e-3, 0.5) for change in (
+            dict(steps=401), dict(judged=48), dict(reward="model"), dict(evaluations=1),
+            dict(beta=0.5), dict(n_embd=32), dict(reference_steps=3), dict(device="cuda"))))}
+    assert len(names) == 14
 
 
-def test_what_the_readme_makes_of_the_results_is_in_them():
-    runs = claims.runs_of(RESULTS)
-    zero, exact = (claims.lost(runs["una-score", kind]).mean() for kind in (None, "exact"))
-    assert 3.5 < zero / exact < 4.5
-    thumbs = [np.mean(cell["lost"]) for cell in claims.cells(RESULTS, "una-binary-bce", "exact")]
-    assert 100 * min(thumbs) > claims.lost(runs["una-binary-bce", None]).mean()
-    broken = [method for method in ("una-online", "ppo") for share in claims.lost(runs[method, "model"]) if share > 100]
-    assert broken == ["una-online"]
-    accuracy = [run["reward_model"]["accuracy"] for run in runs["una-online", "model"]]
-    assert 0.77 < np.mean(accuracy) < 0.85
+# ---------------------------------------------------------------- the real thing, in miniature
+def test_a_miniature_is_interrupted_resumed_and_the_same_as_one_in_a_piece(
+        monkeypatch, tmp_path, capsys):
+    for name, value in short_train.LANGUAGE.items():
+        monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(data, "TRAIN_PROMPTS", data.PROMPTS[1:5])
+    monkeypatch.setattr(claims, "GRIDS", {variant: (rates[:1], multiples[:1 + (i == 0)])
+                                          for i, (variant, (rates, multiples))
+                                          in enumerate(claims.GRIDS.items())})
+    monkeypatch.setattr(claims, "TUNING_SEEDS", range(100, 101))
+    monkeypatch.setattr(claims, "REPORTED_SEEDS", range(11, 13))
+    monkeypatch.setattr(claims, "SIZES", (24, 48))
+    monkeypatch.setattr(memory, "peak_memories", lambda settings: [])
+    settings = train.Settings(methods=[*train.METHODS], steps=3, judged=48, reference_steps=8,
+                              evaluations=2, n_layer=1, n_head=1, n_embd=8, batch=48)
+    run_variant, calls = variants.run_variant, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return run_variant(*arguments)
+
+    def main(out):
+        return claims.main(["--device", "cpu", "--jobs", "1", "--out", str(out)], settings)
+
+    monkeypatch.setattr(variants, "run_variant", interrupted)
+    assert main(tmp_path / "a") == 130
+    assert "interrupted in reported seeds, 15 of 46 parts done" in capsys.readouterr().err
+    assert main(tmp_path / "a") == 0
+    assert len(calls) == 14 + 46 + 1
+    monkeypatch.setattr(variants, "run_variant", run_variant)
+    assert main(tmp_path / "b") == 0
+    found = [json.loads((tmp_path / out / "claims.json").read_text(encoding="utf-8"))
+             for out in "ab"]
+    for entry in (entry for one in found for key in ("runs", "longer", "offsets", "sizes")
+                  for entry in one[key]):
+        assert "dots" not in entry and "samples" not in entry
+        online = entry["method"] in claims.ONLINE
+        assert all(("gradient_noise" in point) == online for point in entry["curve"])
+        assert ("chosen_reward" in entry) != online
+    a, b = (json.loads(json.dumps(one), object_hook=without_times) for one in found)
+    assert a.pop("settings")["out"] != b.pop("settings")["out"] and a == b
+    assert "frontier" in a["optimum"][0] and "frontier" not in a["optimum"][1]
+    assert not [*tmp_path.glob("*/parts/*.part")]
 
 
-def test_every_verdict_of_the_readme_is_one_of_the_words_that_it_explains():
-    readme = (ROOT / "README.md").read_text()
-    block = re.search(r"<!-- claims -->\n(.*?)\n<!-- end -->", readme, re.S)[1]
-    for line in block.splitlines()[2:]:
-        assert re.match(r"replicates|does not|it can|–", line.strip("|").split("|")[-1].strip()), line
+def without_times(entry):
+    return {name: value for name, value in entry.items()
+            if name not in ("seconds", "evaluation_seconds", "stages")}
+
+
+# ---------------------------------------------------------------- memory
+def test_peak_memory_is_measured_in_fresh_processes_or_left_out_with_a_word(monkeypatch, capsys):
+    pytest.importorskip("resource")
+    settings = train.Settings(device="cpu", batch=48, n_layer=1, n_head=1, n_embd=8)
+    with run.Jobs(2) as pool:
+        entries = []
+        pool.run(memory.peak_memory, [(settings, "una-pair")],
+                 lambda _, entry: entries.append(entry))
+    (entry,) = entries
+    assert (entry["method"], entry["reward_source"]) == ("una-pair", "judge")
+    assert 0 <= entry["bytes"] < 1e9
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
+    assert memory.peak_memories(settings) == []
+    assert "peak memory: not measured" in capsys.readouterr().err
