@@ -4,6 +4,7 @@ A prompt is a mood and a noun, "happy sea :". A good response is that noun behin
 that suit the mood, " bright warm sea". With 26 tokens, and at most four of them in a response,
 a prompt has 406,901 possible responses: few enough to list them all, so the best policy is known.
 """
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ ENCODING = tiktoken.Encoding("una-toy", pat_str=r" ?\S+", explicit_n_vocab=len(W
 EOT = ENCODING.eot_token
 
 
+@functools.lru_cache(maxsize=4096)
 def _encode(text):
     """Text -> its tokens, a list. ValueError at the first piece of it that is not in WORDS."""
     # tiktoken alone would panic at an unknown word, and skip a space that no word follows.

@@ -321,7 +321,7 @@ class Settings:
     quick: bool = setting(False, "a short run of everything, to see that it works")
 
 
-QUICK = dict(steps=48, judged=1536, reference_steps=120, evaluations=2, n_embd=32)
+QUICK = dict(steps=60, judged=1536, reference_steps=200, evaluations=2, n_layer=1, n_embd=32)
 
 
 def prepare(settings, seed, path):

@@ -259,6 +259,7 @@ class Jobs:
             self.pool = ProcessPoolExecutor(self.n, SPAWN, _in_worker, (self.channel,))
             if self.channel:
                 threading.Thread(target=self._relay, daemon=True).start()
+            self._submit(os.getpid, [()] * self.n)               # so that all processes begin now
         return self
 
     def __exit__(self, failure, *_):
@@ -276,16 +277,20 @@ class Jobs:
             doing[process] = text
             show(" || ".join(filter(None, doing.values())))
 
+    def _submit(self, function, jobs):
+        # A process that begins while Ctrl-C is ignored ignores it from its first moment.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        futures = {self.pool.submit(function, *job): job for job in jobs}
+        signal.signal(signal.SIGINT, handler)
+        return futures
+
     def run(self, function, jobs, ended):
         """ended(job, function(*job)) for each job, as they end."""
         if self.n == 1:
             for job in jobs:
                 ended(job, function(*job))
         else:
-            # A process that begins while Ctrl-C is ignored ignores it from its first moment.
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            futures = {self.pool.submit(function, *job): job for job in jobs}
-            signal.signal(signal.SIGINT, handler)
+            futures = self._submit(function, jobs)
             for future in as_completed(futures):
                 ended(futures[future], future.result())
 
