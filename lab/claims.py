@@ -1,4 +1,4 @@
-"""The paper's claims, settled: every variant is tuned on a grid, its best cell run on other seeds.
+"""The paper's claims, settled: variants are tuned on grids, the best run on other seeds.
 
     python -m lab.claims                 hours on two cores; goes on where it was stopped
     python -m lab.claims --tables        page and pictures anew, from claims.json alone
@@ -23,7 +23,7 @@ import train
 from lab import figures, memory, page, run, variants
 from lab.run import setting, whole
 
-# Every variant has a grid of 16 cells, tuned on the training prompts of seeds not reported.
+# Every variant has a grid of 16 candidates, tuned on the training prompts of seeds not reported.
 TUNING_SEEDS, REPORTED_SEEDS = range(100, 102), range(11, 19)
 ONLINE = [name for name, method in train.METHODS.items() if method.feedback == "fresh"]
 STORED = [name for name in train.METHODS if name not in ONLINE]
@@ -95,19 +95,19 @@ def finish(pool, title, jobs):
 
 
 # ---------------------------------------------------------------- the whole comparison
-def tuned(cells, shares):
-    """claims.json's rows of the grids. shares[variant, cell]: what each tuning seed lost there.
+def tuned(tried, shares):
+    """claims.json's rows of the grids. shares[variant, candidate]: what each tuning seed lost.
 
-    The best cell of a grid has the least mean loss; a run that diverged lost more than any number.
+    The best candidate lost least in the mean; a run that diverged lost more than any number.
     """
     rows = []
-    for variant, cell in cells:
-        best = min((other for other in cells if other[0] == variant),
+    for variant, candidate in tried:
+        best = min((other for other in tried if other[0] == variant),
                    key=lambda other: sum(shares[other]))
-        rows.append(dict(method=variant[0], offset=variant[1], learning_rate=cell[0],
-                         multiple=cell[1], best=(variant, cell) == best,
+        rows.append(dict(method=variant[0], offset=variant[1], learning_rate=candidate[0],
+                         multiple=candidate[1], best=(variant, candidate) == best,
                          lost=[share if share < math.inf else None
-                               for share in shares[variant, cell]]))
+                               for share in shares[variant, candidate]]))
     return rows
 
 
@@ -127,7 +127,7 @@ def groups(settings):
 
 
 def settle(settings):
-    """Tunes every variant, runs the best cells on the reported seeds: what claims.json says."""
+    """Tunes every variant, runs the best of each on the reported seeds: what claims.json says."""
     folder = os.path.join(settings.out, "parts")
     os.makedirs(folder, exist_ok=True)
     base = replace(settings, out="", jobs=1, evaluations=1)      # out and jobs change no figure
@@ -138,22 +138,22 @@ def settle(settings):
         if not os.path.exists(path):                             # both, or none
             Path(prepare[seed]).unlink(missing_ok=True)
 
-    def job(seed, variant, cell, **changes):
+    def job(seed, variant, candidate, **changes):
         changed = replace(base, **changes)
-        path = part_path(folder, changed, seed, *variant, *cell)
-        return path, variants.run_variant, changed, seed, variant, cell, shared[seed]
+        path = part_path(folder, changed, seed, *variant, *candidate)
+        return path, variants.run_variant, changed, seed, variant, candidate, shared[seed]
 
     with run.Jobs(settings.jobs) as pool:
         prepared = finish(pool, "seeds", [(path, train.prepare, base, seed, shared[seed])
                                           for seed, path in prepare.items()])
-        cells = [(variant, cell) for variant, grid in GRIDS.items()
-                 for cell in itertools.product(*grid)]
-        parts = finish(pool, "tuning", [job(seed, *cell) for seed in TUNING_SEEDS
-                                        for cell in cells])
+        tried = [(variant, candidate) for variant, grid in GRIDS.items()
+                 for candidate in itertools.product(*grid)]
+        parts = finish(pool, "tuning", [job(seed, *both) for seed in TUNING_SEEDS
+                                        for both in tried])
         shares = defaultdict(list)
-        for cell, part in zip(itertools.cycle(cells), parts):
-            shares[cell].append(figures.lost(part["runs"]))
-        tuning = tuned(cells, shares)
+        for both, part in zip(itertools.cycle(tried), parts):
+            shares[both].append(figures.lost(part["runs"]))
+        tuning = tuned(tried, shares)
         best = {(row["method"], row["offset"]): (row["learning_rate"], row["multiple"])
                 for row in tuning if row["best"]}
         best["dpo", "zero"] = best["una-pair", "zero"]

@@ -50,7 +50,7 @@ Questions that the paper does not ask:
 **With scores, most of what stored feedback loses is f(x) + c.** The exact β log Z(x) is one number
 a prompt. Given it, `una-score` comes close to π*. With the paper's f = c = 0 it loses four times as
 much. With binary feedback the targets are coin flips, and there the exact offset loses more, on
-every cell of its grid. Why is not settled here.
+every candidate of its grid. Why is not settled here.
 
 **The mean residual of the same feedback does not replace it.** It takes away what is common to the
 responses, so that the loss sees differences alone. The runs end far below the reference. So do
@@ -93,13 +93,13 @@ same KL gains.
 
 ## Fairness
 
-- Every method has one grid of 16 cells: four learning rates × four multiples of the task's β
+- Every method has one grid of 16 candidates: four learning rates × four multiples of the task's β
   (`GRIDS` in [claims.py](claims.py)).
-- The cell with the least mean loss over two tuning seeds is taken, on the training prompts. Those
-  seeds are not reported.
+- The candidate that lost least over two tuning seeds is taken, on the training prompts. Those seeds
+  are not reported.
 - Batch, steps, feedback, schedule and gradient clipping are the same for all.
-- `dpo` takes `una-pair`'s cell, as it is the same loss.
-- On a reward model, and on other amounts of feedback, a method keeps its cell.
+- `dpo` takes `una-pair`'s candidate, as it is the same loss.
+- On a reward model, and on other amounts of feedback, a method keeps its candidate.
 
 {grids}
 
@@ -125,7 +125,7 @@ steps for each batch of samples where `una-online` takes one.
 - Before the grids, on seeds 0 to 5 and 100 to 103: learning rates and βs by hand, `ppo`'s inner
   steps and λ, and gradient clipping.
 - The grids of stored feedback were moved once, towards where the first tuning seed had its best
-  cells. No reported seed was run before the reported run.
+  candidates. No reported seed was run before the reported run.
 - The task itself was shaped until `una-online` came close to the optimum in 400 steps, before any
   other method ran on it. A grammar of variable length, or a reference that ignores the mood, kept
   it 10 to 50 % short. A comparison with `una-online` should bear that in mind.
@@ -140,7 +140,7 @@ page and the pictures from claims.json alone.
 
 claims.json has, beside the `settings`, `reference`, `optimum` and `runs` of a results.json:
 
-- `tuning`: every cell of the grids, with what each tuning seed lost there (null: diverged);
+- `tuning`: every candidate of the grids, with what each tuning seed lost there (null: diverged);
 - `runs`: the online methods also on a reward model's reward, with the `gradient_noise` of every
   point of the curve;
 - `longer`: `una-online`, 2.5 times the steps; `offsets`: other f(x) + c; `sizes`: other amounts of

@@ -235,6 +235,12 @@ def _in_worker(channel):
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
+def _at_work(function, *job):
+    result = function(*job)
+    show("")                                                     # nothing goes on here any more
+    return result
+
+
 def _end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)                                                  # it was killed: nobody wants this
@@ -280,7 +286,7 @@ class Jobs:
     def _submit(self, function, jobs):
         # A process that begins while Ctrl-C is ignored ignores it from its first moment.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        futures = {self.pool.submit(function, *job): job for job in jobs}
+        futures = {self.pool.submit(_at_work, function, *job): job for job in jobs}
         signal.signal(signal.SIGINT, handler)
         return futures
 

@@ -36,15 +36,15 @@ def of_variants(claims):
     return runs
 
 
-def cells_of(claims, method, offset="zero"):
-    return [cell for cell in claims["tuning"]
-            if (cell["method"], cell["offset"]) == (method, offset)]
+def candidates_of(claims, method, offset="zero"):
+    return [candidate for candidate in claims["tuning"]
+            if (candidate["method"], candidate["offset"]) == (method, offset)]
 
 
 def below_reference(claims, method, offset="zero"):
-    """How many cells of the grid end below the reference, on a tuning seed or more."""
-    grid = cells_of(claims, method, offset)
-    below = [any(share is None or share > 1 for share in cell["lost"]) for cell in grid]
+    """How many candidates of the grid end below the reference, on a tuning seed or more."""
+    grid = candidates_of(claims, method, offset)
+    below = [any(share is None or share > 1 for share in candidate["lost"]) for candidate in grid]
     return f"{sum(below)} of {len(grid)}"
 
 
@@ -94,7 +94,7 @@ def paper_rows(claims):
         ["it is more stable: deviation over seeds", "no figure",
          f"{number(spreads[0], '.2g')} % against {number(spreads[1], '.2g')} %", "–",
          verdict(spreads[0] < spreads[1])],
-        ["… grid cells that end below the reference", "no figure",
+        ["… grid candidates that end below the reference", "no figure",
          f"{failures[0]} against {failures[1]}", "–",
          verdict(int(failures[0].split()[0]) < int(failures[1].split()[0]))],
         *(less(f"one run can use all three kinds of feedback: mixed against {name}", "no figure",
@@ -209,18 +209,18 @@ def cost_rows(claims):
 def grid_rows(claims):
     rows = []
     for method, offset in dict.fromkeys((c["method"], c["offset"]) for c in claims["tuning"]):
-        grid = cells_of(claims, method, offset)
-        (chosen,) = [cell for cell in grid if cell["best"]]
-        means = [math.inf if None in cell["lost"] else 100 * np.mean(cell["lost"])
-                 for cell in grid]
+        grid = candidates_of(claims, method, offset)
+        (chosen,) = [candidate for candidate in grid if candidate["best"]]
+        means = [math.inf if None in candidate["lost"] else 100 * np.mean(candidate["lost"])
+                 for candidate in grid]
         edges = [word for name, word in (("learning_rate", "learning rate"), ("multiple", "β"))
                  if chosen[name] in (min(c[name] for c in grid), max(c[name] for c in grid))]
         rows.append([f"`{method}`" + ("" if offset == "zero" else f", offset {offset}"),
                      f"{chosen['learning_rate']:g}", f"{chosen['multiple']:g}",
                      f"{number(min(means))} %", f"{number(np.median(means))} %",
                      below_reference(claims, method, offset), " and ".join(edges) or "–"])
-    return ["grid", "learning rate", "β / task's", "lost there", "median cell",
-            "cells below π_ref", "at the edge of the grid"], rows
+    return ["grid", "learning rate", "β / task's", "lost there", "median candidate",
+            "candidates below π_ref", "at the edge of the grid"], rows
 
 
 def tables(claims):

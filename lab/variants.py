@@ -53,8 +53,8 @@ def una_binary_bce(offset, policy, batch, beta):
 LOSSES = {"una-score": una_score, "una-binary-bce": una_binary_bce}
 
 
-def method_of(variant, cell, world, task_beta):
-    (name, kind), (learning_rate, multiple) = variant, cell
+def method_of(variant, candidate, world, task_beta):
+    (name, kind), (learning_rate, multiple) = variant, candidate
     method = train.METHODS[name]._replace(learning_rate=learning_rate, beta=multiple)
     if kind == "zero":
         return method
@@ -121,10 +121,10 @@ def shared_by(settings, seed, path):
     return shared
 
 
-def run_variant(settings, seed, variant, cell, path):
+def run_variant(settings, seed, variant, candidate, path):
     """One run on what train.prepare saved at path: its entry in claims.json."""
     shared = shared_by(settings, seed, path)
-    method = method_of(variant, cell, shared.worlds["train"], settings.beta)
+    method = method_of(variant, candidate, shared.worlds["train"], settings.beta)
     observer = exact.Observer
     if method.feedback == "fresh":
         noise = NoiseObserver(method, shared, settings, seed)

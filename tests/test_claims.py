@@ -120,7 +120,7 @@ def test_estimated_offsets_carry_no_gradient(stored, over):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected))
 
 
-def test_without_an_offset_a_variant_is_the_method_with_the_cells_settings():
+def test_without_an_offset_a_variant_is_the_method_with_the_candidates_settings():
     for name, own in train.METHODS.items():
         method = variants.method_of((name, "zero"), (0.125, 3), None, 0.25)
         assert method == own._replace(learning_rate=0.125, beta=3)
@@ -267,13 +267,13 @@ def rehearsal(monkeypatch, tmp_path):
     """
     here = SimpleNamespace(made=[], diverge=set(), stop_at=math.inf, memory=[])
 
-    def run_variant(settings, seed, variant, cell, path):
+    def run_variant(settings, seed, variant, candidate, path):
         if len(here.made) >= here.stop_at:
             here.stop_at = math.inf
             raise KeyboardInterrupt
         assert Path(path).exists()
-        (name, offset), (rate, multiple) = variant, cell
-        here.made.append((name, offset, seed, cell, settings.reward, settings.steps,
+        (name, offset), (rate, multiple) = variant, candidate
+        here.made.append((name, offset, seed, candidate, settings.reward, settings.steps,
                           settings.judged, settings.evaluations))
         entry = dict(offset=offset, judged=settings.judged, steps=settings.steps, method=name,
                      seed=seed, start_loss=1.0)
@@ -314,14 +314,14 @@ def rehearsal(monkeypatch, tmp_path):
     return here
 
 
-def test_claims_tune_on_the_tuning_seeds_and_report_the_best_cells_on_the_others(rehearsal):
+def test_claims_tune_on_the_tuning_seeds_and_report_the_best_candidates_on_the_others(rehearsal):
     assert rehearsal.run() == 0
     made, found = rehearsal.made, rehearsal.found()
     tuned = [entry for entry in made if entry[2] in claims.TUNING_SEEDS]
     assert len(tuned) == len(set(tuned)) == 16 * len(claims.GRIDS) * len(claims.TUNING_SEEDS)
 
-    def distance(cell):
-        return abs(math.log(cell[0] / 3e-3)) + abs(math.log(cell[1]))
+    def distance(candidate):
+        return abs(math.log(candidate[0] / 3e-3)) + abs(math.log(candidate[1]))
     best = {variant: min(((rate, multiple) for rate in rates for multiple in multiples
                           if rate <= 1e-2), key=distance)
             for variant, (rates, multiples) in claims.GRIDS.items()}
@@ -341,8 +341,8 @@ def test_claims_tune_on_the_tuning_seeds_and_report_the_best_cells_on_the_others
     reported = [entry for entry in made if entry[2] not in claims.TUNING_SEEDS]
     assert sorted((*entry[:3], *entry[4:]) for entry in reported) == sorted(expected)
     assert all(entry[3] == best[entry[:2]] for entry in reported)
-    assert all(cell["lost"] == [None, None] for cell in found["tuning"]
-               if cell["learning_rate"] > 1e-2)                  # diverged: never the best
+    assert all(candidate["lost"] == [None, None] for candidate in found["tuning"]
+               if candidate["learning_rate"] > 1e-2)                  # diverged: never the best
     assert [len(found[key]) for key in ("runs", "longer", "offsets", "sizes")] == [96, 8, 32, 90]
     assert [entry["seed"] for entry in found["reference"]] == [*seeds]
     assert [entry["seed"] for entry in found["optimum"]] == [*seeds]
@@ -401,7 +401,7 @@ def test_claims_are_settled_in_lab_unless_told_otherwise(monkeypatch, tmp_path):
         assert replace(settings, out=defaults.out, jobs=0, device="auto") == defaults
 
 
-def test_a_diverged_cell_is_the_worst_and_a_diverged_reported_run_is_kept_and_told(
+def test_a_diverged_candidate_is_the_worst_and_a_diverged_reported_run_is_kept_and_told(
         rehearsal, tmp_path, capsys):
     rehearsal.diverge |= {("kto", 12), ("kto", 15), ("una-score", 11), ("ppo", 18),
                           *(("una-mixed", seed) for seed in claims.REPORTED_SEEDS)}

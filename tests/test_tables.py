@@ -144,11 +144,11 @@ def test_claims_json_is_of_the_defaults_and_complete():
             seeds = [run["seed"] for run in RUNS[name, source]]
             assert seeds == list(claims.REPORTED_SEEDS), (name, source)
     for (name, offset), (rates, multiples) in claims.GRIDS.items():
-        cells = tables.cells_of(RESULTS, name, offset)
-        assert [(cell["learning_rate"], cell["multiple"]) for cell in cells] == list(
+        candidates = tables.candidates_of(RESULTS, name, offset)
+        assert [(row["learning_rate"], row["multiple"]) for row in candidates] == list(
             itertools.product(rates, multiples))
-        assert all(len(cell["lost"]) == len(claims.TUNING_SEEDS) for cell in cells)
-        assert sum(cell["best"] for cell in cells) == 1
+        assert all(len(candidate["lost"]) == len(claims.TUNING_SEEDS) for candidate in candidates)
+        assert sum(candidate["best"] for candidate in candidates) == 1
     for kind in ("reference", "optimum"):
         assert [entry["seed"] for entry in RESULTS[kind]] == list(claims.REPORTED_SEEDS)
 
@@ -166,10 +166,10 @@ def test_the_frontier_of_the_picture_is_the_first_seeds():
             assert run["train"]["reward"] <= np.interp(run["train"]["kl"], kl, reward) + 1e-3
 
 
-def test_the_methods_own_settings_are_the_best_cells_of_their_grids():
+def test_the_methods_own_settings_are_the_best_candidates_of_their_grids():
     for name, own in train.METHODS.items():
-        cells = tables.cells_of(RESULTS, "una-pair" if name == "dpo" else name)
-        (best,) = [cell for cell in cells if cell["best"]]
+        candidates = tables.candidates_of(RESULTS, "una-pair" if name == "dpo" else name)
+        (best,) = [candidate for candidate in candidates if candidate["best"]]
         assert (own.learning_rate, own.beta) == (best["learning_rate"], best["multiple"]), name
 
 
@@ -202,8 +202,9 @@ def test_differences_alone_let_probability_leave_for_strings_that_no_one_judged(
 
 def test_what_the_page_makes_of_the_results_is_in_them():
     assert 3.5 < mean_lost(("una-score", None)) / mean_lost(("una-score", "exact")) < 4.5
-    cells = [np.mean(cell["lost"]) for cell in tables.cells_of(RESULTS, "una-binary-bce", "exact")]
-    assert 100 * min(cells) > mean_lost(("una-binary-bce", None))
+    candidates = [np.mean(row["lost"])
+                  for row in tables.candidates_of(RESULTS, "una-binary-bce", "exact")]
+    assert 100 * min(candidates) > mean_lost(("una-binary-bce", None))
     broken = [name for name in ("una-online", "ppo")
               for share in compare.lost(RUNS[name, "model"]) if share > 100]
     assert broken == ["una-online"]
