@@ -85,7 +85,8 @@ def kto(policy, batch, beta):
 
 
 def una_online(policy, batch, beta):
-    """Eq. 7 on fresh samples. f(x), the baseline, is the mean residual of a prompt's samples."""
+    """Eq. 7 on fresh samples. The baseline is the mean residual of a prompt's n samples. Each is
+    among its own n: that scales the expected gradient by 1 - 1/n, and changes nothing else."""
     reward = implicit_reward(policy, batch, beta)
     residual = (batch.rewards - reward).detach().view(-1, batch.per_prompt)
     baseline = residual.mean(1).repeat_interleave(batch.per_prompt)
@@ -177,9 +178,9 @@ def size_in_bytes(tensors):
 
 
 def descend(optimizer, loss, peak, step, steps):
-    """Optimiser step `step` of `steps`. The learning rate climbs to its peak in the first 5% and
-    falls to 0, linearly. The gradient is cut to norm 1. FloatingPointError if it or the loss is
-    not finite."""
+    """Optimiser step `step` of `steps`. The learning rate is its peak times two ramps, one up over
+    the first 5% of the steps and one down over all of them. The gradient is cut to norm 1.
+    FloatingPointError if it or the loss is not finite."""
     if not loss.isfinite():
         raise FloatingPointError(f"the loss is {loss.item()}")
     (group,) = optimizer.param_groups
@@ -391,6 +392,8 @@ def run_method(settings, seed, name, shared, method=None, observer=exact.Observe
     observe = observer(shared.worlds, shared.start, settings.steps)
     entry = dict(method=name, seed=seed, beta=settings.beta, method_beta=beta,
                  learning_rate=method.learning_rate)
+    if fresh:
+        entry["reward_source"] = settings.reward
     try:
         entry |= align(method, policy, batches, beta, settings.steps, value, checkpoints, observe)
     except FloatingPointError as error:
@@ -398,7 +401,6 @@ def run_method(settings, seed, name, shared, method=None, observer=exact.Observe
     if fresh:
         frozen = [shared.reference, *([shared.reward_model] if shared.reward_model else [])]
         entry["state_bytes"] += sum(size_in_bytes(model.parameters()) for model in frozen)
-        entry["reward_source"] = settings.reward
     else:                                                        # apart: under DPO both may fall
         pairs = data.take(shared.feedback, shared.feedback.pairs[:1024].T.flatten())
         with torch.no_grad():
@@ -450,9 +452,9 @@ def parse(arguments):
         settings.methods = [*METHODS]
     prompts = len(data.TRAIN_PROMPTS)
     online = [name for name in settings.methods if METHODS[name].feedback == "fresh"]
-    if online and settings.batch % prompts:
-        parser.error(f"--batch {settings.batch} is not a multiple of the {prompts} prompts that "
-                     f"{online[0]} answers at each step")
+    if online and (settings.batch % prompts or settings.batch < 2 * prompts):
+        parser.error(f"--batch {settings.batch} must be 2, 3, ... times {prompts}: {online[0]} "
+                     "answers as many prompts at each step, each as often")
     if settings.n_embd % settings.n_head:
         parser.error(f"--n-embd {settings.n_embd} is not a multiple of --n-head {settings.n_head}")
     settings.device = run.pick_device(parser, settings.device)
@@ -490,6 +492,8 @@ def main(arguments=None):
         with run.Jobs(settings.jobs) as pool:
             pool.run(prepare, [(settings, seed, paths[seed]) for seed in seeds], ended)
             pool.run(run_job, jobs, ended)
+        figures.draw_all(results, settings.out)
+        run.print_text(figures.report(results))
     except KeyboardInterrupt:
         run.say(f"train.py: interrupted. {len(results['runs'])} of {len(jobs)} runs have ended: "
                 f"{settings.out}/results.json")
@@ -498,8 +502,6 @@ def main(arguments=None):
         for path in paths.values():
             for left in filter(os.path.exists, (path, f"{path}.part")):
                 os.remove(left)
-    figures.draw_all(results, settings.out)
-    run.print_text(figures.report(results))
     run.say(figures.time_line(results, time.perf_counter() - started))
     return 1 if any("diverged" in entry for entry in results["runs"]) else 0
 

@@ -1,6 +1,6 @@
 """The paper's claims, settled: variants are tuned on grids, the best run on other seeds.
 
-    python -m lab.claims                 hours on two cores; goes on where it was stopped
+    python -m lab.claims                 resumes; an hour and a half on two cores
     python -m lab.claims --tables        page and pictures anew, from claims.json alone
 
 Writes claims.json, README.md and two pictures into a folder; in its parts/ lies each run by itself.
@@ -25,8 +25,8 @@ from lab.run import setting, whole
 
 # Every variant has a grid of 16 candidates, tuned on the training prompts of seeds not reported.
 TUNING_SEEDS, REPORTED_SEEDS = range(100, 102), range(11, 19)
-ONLINE = [name for name, method in train.METHODS.items() if method.feedback == "fresh"]
-STORED = [name for name in train.METHODS if name not in ONLINE]
+ONLINE = [name for name in variants.COMPARED if train.METHODS[name].feedback == "fresh"]
+STORED = [name for name in variants.COMPARED if name not in ONLINE]
 GRIDS = {  # variant: (learning rates, multiples of the task's beta)
     ("una-pair", "zero"): ((5e-4, 1e-3, 2e-3, 4e-3), (1, 2, 4, 8)),     # dpo's too: the same loss
     **{(name, "zero"): ((5e-4, 1e-3, 2e-3, 4e-3), (0.0625, 0.125, 0.25, 0.5))
@@ -63,7 +63,7 @@ def code_that_trains():
 
 
 def part_path(folder, settings, seed, name, *what):
-    key = json.dumps([code_that_trains(), asdict(settings), seed, name, *what])
+    key = json.dumps([code_that_trains(), run.versions(), asdict(settings), seed, name, *what])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return os.path.join(folder, f"{name}-{seed}-{digest}.json")
 
@@ -211,7 +211,7 @@ def main(arguments=None, settings=None):
     torch.set_num_threads(1)                                     # as in the processes of Jobs
     device = run.pick_device(parser, options.device)
     jobs = options.jobs or (run.cores() if device == "cpu" else 1)
-    settings = replace(settings or train.Settings(methods=[*train.METHODS]), device=device,
+    settings = replace(settings or train.Settings(methods=[*variants.COMPARED]), device=device,
                        jobs=jobs, out=options.out)
     try:
         claims = settle(settings)

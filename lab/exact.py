@@ -65,8 +65,8 @@ def all_logprobs(model, prompt, max_tokens, eot):
 def policy_logprobs(model, prompts):
     """log pi(y|x) of every response to prompts (P, 3) int. Returns (P, Y), nats.
 
-    A float32 model's probabilities add up to 1 within 1e-7. J multiplies what is missing by beta,
-    so it is taken out here. FloatingPointError where the model has left the numbers.
+    A float32 model's probabilities add up to 1 within 1e-7. J would multiply the error by beta,
+    so they are normalised here. FloatingPointError where the model has left the numbers.
     """
     prompts = prompts.to(model.wte.weight.device)
     logprobs = torch.stack([all_logprobs(model, prompt, data.MAX_TOKENS, data.EOT).cpu().double()

@@ -9,7 +9,7 @@ import torch
 
 import data
 import train
-from lab import run
+from lab import run, variants
 from model import GPT, GPTConfig, ScalarGPT
 
 
@@ -53,7 +53,7 @@ def peak_memories(settings):
         run.say("peak memory: not measured, as this system does not tell a process its peak")
         return []
     entries = []
-    for reward, names in (("judge", train.METHODS), ("model", ("una-online", "ppo"))):
+    for reward, names in (("judge", variants.COMPARED), ("model", ("una-online", "ppo"))):
         for name in names:
             job = (replace(settings, reward=reward), name)
             with run.Jobs(2) as pool:                            # Jobs(1) is this process

@@ -141,8 +141,8 @@ page and the pictures from claims.json alone.
 claims.json has, beside the `settings`, `reference`, `optimum` and `runs` of a results.json:
 
 - `tuning`: every candidate of the grids, with what each tuning seed lost there (null: diverged);
-- `runs`: the online methods also on a reward model's reward, with the `gradient_noise` of every
-  point of the curve;
+- `runs`: `una-online` and `ppo` also on a reward model's reward; the online methods with the
+  `gradient_noise` of every point of the curve;
 - `longer`: `una-online`, 2.5 times the steps; `offsets`: other f(x) + c; `sizes`: other amounts of
   feedback;
 - `peak_memory`.

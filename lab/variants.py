@@ -15,6 +15,10 @@ import una
 from lab import exact
 from model import ScalarGPT
 
+# The methods that the claims compare. Another one in train.METHODS changes nothing here.
+COMPARED = ("una-pair", "una-binary-mse", "una-binary-bce", "una-score", "una-mixed", "dpo", "kto",
+            "una-online", "una-online-score", "ppo")
+
 
 # ---------------------------------------------------------------- f(x) + c of stored feedback
 # An offset takes the implicit rewards (B,) without it, and their batch. It is a constant, (B,).

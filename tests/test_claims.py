@@ -121,7 +121,7 @@ def test_estimated_offsets_carry_no_gradient(stored, over):
 
 
 def test_without_an_offset_a_variant_is_the_method_with_the_candidates_settings():
-    for name, own in train.METHODS.items():
+    for name, own in {name: train.METHODS[name] for name in variants.COMPARED}.items():
         method = variants.method_of((name, "zero"), (0.125, 3), None, 0.25)
         assert method == own._replace(learning_rate=0.125, beta=3)
 
@@ -232,7 +232,7 @@ def test_every_method_has_a_grid_of_the_same_size_and_no_seed_both_tunes_and_rep
     assert all(len(set(rates)) == len(set(multiples)) == 4
                for rates, multiples in claims.GRIDS.values())
     with_zero = {method for method, offset in claims.GRIDS if offset == "zero"}
-    assert with_zero == set(train.METHODS) - {"dpo"}
+    assert with_zero == set(variants.COMPARED) - {"dpo"}
     assert not set(claims.TUNING_SEEDS) & set(claims.REPORTED_SEEDS)
     assert len(claims.REPORTED_SEEDS) >= 5
 
@@ -326,10 +326,10 @@ def test_claims_tune_on_the_tuning_seeds_and_report_the_best_candidates_on_the_o
                           if rate <= 1e-2), key=distance)
             for variant, (rates, multiples) in claims.GRIDS.items()}
     best["dpo", "zero"] = best["una-pair", "zero"]
-    stored = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
+    stored = claims.STORED
     seeds = claims.REPORTED_SEEDS
     expected = [(name, "zero", seed, "judge", 400, 4096, 1 if name in stored else 11)
-                for name in train.METHODS for seed in seeds]
+                for name in variants.COMPARED for seed in seeds]
     expected += [(name, "zero", seed, "model", 400, 4096, 1)
                  for name in ("una-online", "ppo") for seed in seeds]
     expected += [("una-online", "zero", seed, "judge", 1000, 4096, 1) for seed in seeds]
@@ -346,8 +346,8 @@ def test_claims_tune_on_the_tuning_seeds_and_report_the_best_candidates_on_the_o
     assert [len(found[key]) for key in ("runs", "longer", "offsets", "sizes")] == [96, 8, 32, 90]
     assert [entry["seed"] for entry in found["reference"]] == [*seeds]
     assert [entry["seed"] for entry in found["optimum"]] == [*seeds]
-    assert len(found["peak_memory"]) == len(train.METHODS) + 2
-    assert sorted(rehearsal.memory) == sorted([(name, "judge") for name in train.METHODS]
+    assert len(found["peak_memory"]) == len(variants.COMPARED) + 2
+    assert sorted(rehearsal.memory) == sorted([(name, "judge") for name in variants.COMPARED]
                                               + [("una-online", "model"), ("ppo", "model")])
     assert found["settings"]["seeds"] == 8 and found["settings"]["judged"] == 4096
 
@@ -396,7 +396,7 @@ def test_claims_are_settled_in_lab_unless_told_otherwise(monkeypatch, tmp_path):
     claims.main([])
     claims.main(["--out", "elsewhere"])
     assert [settings.out for settings in told] == ["lab", "elsewhere"]
-    defaults = train.Settings(methods=[*train.METHODS])
+    defaults = train.Settings(methods=[*variants.COMPARED])
     for settings in told:
         assert replace(settings, out=defaults.out, jobs=0, device="auto") == defaults
 
@@ -527,7 +527,7 @@ def test_a_miniature_is_interrupted_resumed_and_the_same_as_one_in_a_piece(
     monkeypatch.setattr(claims, "REPORTED_SEEDS", range(11, 13))
     monkeypatch.setattr(claims, "SIZES", (24, 48))
     monkeypatch.setattr(memory, "peak_memories", lambda settings: [])
-    settings = train.Settings(methods=[*train.METHODS], steps=3, judged=48, reference_steps=8,
+    settings = train.Settings(methods=[*variants.COMPARED], steps=3, judged=48, reference_steps=8,
                               evaluations=2, n_layer=1, n_head=1, n_embd=8, batch=48)
     run_variant, calls = variants.run_variant, []
 

@@ -10,7 +10,7 @@ import pytest
 
 import data
 import train
-from lab import claims, compare, figures, tables
+from lab import claims, compare, figures, tables, variants
 from lab.page import page
 
 LAB = Path(__file__).parent.parent / "lab"
@@ -132,12 +132,12 @@ def test_prose_lines_have_at_most_100_characters():
 def test_claims_json_is_of_the_defaults_and_complete():
     for name, value in RESULTS["settings"].items():
         if name == "methods":
-            assert value == [*train.METHODS]
+            assert value == [*variants.COMPARED]
         elif name not in ("out", "device", "jobs", "seed", "seeds"):
             assert value == getattr(train.Settings(), name), name
     assert RESULTS["settings"]["seed"] == claims.REPORTED_SEEDS[0]
     assert RESULTS["settings"]["seeds"] == len(claims.REPORTED_SEEDS)
-    for name in train.METHODS:
+    for name in variants.COMPARED:
         sources = (None,) if name not in claims.ONLINE else (
             ("judge", "model") if name in ("una-online", "ppo") else ("judge",))
         for source in sources:
@@ -167,7 +167,7 @@ def test_the_frontier_of_the_picture_is_the_first_seeds():
 
 
 def test_the_methods_own_settings_are_the_best_candidates_of_their_grids():
-    for name, own in train.METHODS.items():
+    for name, own in {name: train.METHODS[name] for name in variants.COMPARED}.items():
         candidates = tables.candidates_of(RESULTS, "una-pair" if name == "dpo" else name)
         (best,) = [candidate for candidate in candidates if candidate["best"]]
         assert (own.learning_rate, own.beta) == (best["learning_rate"], best["multiple"]), name
