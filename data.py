@@ -26,6 +26,9 @@ PROMPTS = [f"{mood} {noun} :" for mood in MOODS for noun in NOUNS]
 # Never any feedback on these: each mood once, each noun once.
 HELDOUT_PROMPTS = ["happy sea :", "sad wind :", "calm fire :", "wild night :"]
 TRAIN_PROMPTS = [prompt for prompt in PROMPTS if prompt not in HELDOUT_PROMPTS]
+# What --level 1 adds to all rewards of a prompt, by its noun. It is f(x) itself: no preference
+# between two responses to a prompt changes, and neither does the best policy.
+LEVELS = {"sea": -1.0, "wind": -1 / 3, "fire": 1 / 3, "night": 1.0}
 PROMPT_TOKENS = 3
 MAX_TOKENS = 4                     # of a response, its end-of-text included
 BLOCK_SIZE = PROMPT_TOKENS + MAX_TOKENS
@@ -116,10 +119,13 @@ def _tables():
         kind[token] = ADJECTIVE
         for mood in MOODS:
             fits[ENCODING.encode_single_token(mood), token] = fit(mood, adjective)
-    return kind, fits
+    levels = torch.zeros(ENCODING.n_vocab)                    # levels[noun]
+    for noun, level in LEVELS.items():
+        levels[ENCODING.encode_single_token(f" {noun}")] = level
+    return kind, fits, levels
 
 
-KIND, FITS = _tables()
+KIND, FITS, LEVEL = _tables()
 
 
 def reward(prompts, responses):
@@ -135,6 +141,11 @@ def reward(prompts, responses):
     quality = FITS[prompts[:, :1], responses].sum(dim=1)
     deduction = torch.where(right_noun, 0.0, WRONG_NOUN)
     return torch.where(grammatical, quality + deduction, UNGRAMMATICAL)
+
+
+def prompt_level(prompts, level):
+    """f(x) of --level: what it adds to all rewards of prompts (B, 3). Returns (B,), on the CPU."""
+    return level * LEVEL[prompts[:, 1].cpu()]
 
 
 # ---------------------------------------------------------------- what the reference model learns
@@ -177,7 +188,7 @@ class Feedback:
     scores: torch.Tensor
 
 
-def feedback_on(prompts, responses, mask, generator):
+def feedback_on(prompts, responses, mask, generator, level=0.0):
     """Feedback on responses (R, 4), mask (R, 4), to prompts (R, 3), all on the CPU.
 
     R is even, and prompts 2i and 2i + 1 are the same. All three kinds are of the same responses.
@@ -191,7 +202,7 @@ def feedback_on(prompts, responses, mask, generator):
     rejected = torch.where(first_wins, second, first)
     differ = (responses[first] != responses[second]).any(dim=1)
     pairs = torch.stack([chosen, rejected], dim=1)[differ]
-    scores = torch.sigmoid(rewards)
+    scores = torch.sigmoid(rewards + prompt_level(prompts, level))      # in pairs it cancels
     labels = torch.bernoulli(scores, generator=generator)
     return Feedback(*join(prompts, responses, mask), pairs, labels, scores)
 

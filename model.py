@@ -127,9 +127,9 @@ class ScalarGPT(GPT):
         nn.init.zeros_(self.scalar.weight)
         nn.init.zeros_(self.scalar.bias)
 
-    def forward(self, tokens):
-        """tokens (B, T) int -> (B, T): column t knows tokens[:, :t+1]."""
-        return self.scalar(self.hidden(tokens)).squeeze(-1)
+    def forward(self, tokens, cache=None):
+        """tokens (B, T) int -> (B, T): column t knows tokens[:, :t+1]. cache as GPT's."""
+        return self.scalar(self.hidden(tokens, cache)).squeeze(-1)
 
 
 @torch.no_grad()

@@ -29,14 +29,40 @@ from model import GPT, GPTConfig, ScalarGPT, sample
 # A batch has tokens, mask and ref_logprob of its responses, and what was said of them: labels,
 # scores or rewards. Of pairs it has all chosen responses first, then all rejected ones. Of mixed
 # feedback it says which rows are what: chosen, rejected, binary and scored are row numbers.
+# offset is f(x) + c of each response's prompt: 0 as in the paper, but for methods that say more.
+def after_prompt(model, tokens):
+    """model(tokens) from the prompt's last token on, (B, 1 + MAX_TOKENS, ...).
+
+    A prompt is computed once for all of its responses, which begin with its cache.
+    """
+    prompts, row = tokens[:, :data.PROMPT_TOKENS].unique(dim=0, return_inverse=True)
+    cache = []
+    last = model(prompts, cache)[:, -1:]
+    cache = [tuple(part[row] for part in layer) for layer in cache]
+    return torch.cat([last[row], model(tokens[:, data.PROMPT_TOKENS:], cache)], dim=1)
+
+
+def model_logprobs(model, tokens, mask):
+    """una.token_logprobs, (B, MAX_TOKENS): a column for each token of the responses."""
+    tokens, mask, logits = *from_prompts_end(tokens, mask), after_prompt(model, tokens)
+    return una.token_logprobs(logits, tokens, mask)
+
+
 def model_logprob(model, tokens, mask):
-    return una.sequence_logprob(model(tokens), tokens, mask)
+    """una.sequence_logprob, (B,)."""
+    tokens, mask, logits = *from_prompts_end(tokens, mask), after_prompt(model, tokens)
+    return una.sequence_logprob(logits, tokens, mask)
+
+
+def from_prompts_end(*columns):
+    """The columns that after_prompt has."""
+    return [part[:, data.PROMPT_TOKENS - 1:] for part in columns]
 
 
 def implicit_reward(policy, batch, beta):
-    """Eq. 6 with f = c = 0, as in the paper: beta log pi/pi_ref, (B,)."""
+    """Eq. 6: beta log pi/pi_ref + f(x) + c, (B,)."""
     logprob = model_logprob(policy, batch.tokens, batch.mask)
-    return una.implicit_reward(logprob, batch.ref_logprob, beta)
+    return una.implicit_reward(logprob, batch.ref_logprob, beta, batch.offset)
 
 
 def una_pair(policy, batch, beta):
@@ -58,6 +84,11 @@ def una_binary_bce(policy, batch, beta):
 def una_score(policy, batch, beta):
     """Eq. 13."""
     return una.una_score_loss(implicit_reward(policy, batch, beta), batch.scores)
+
+
+def una_reward(policy, batch, beta):
+    """Eq. 7 on stored rewards: those that the scores are of."""
+    return una.una_reward_loss(implicit_reward(policy, batch, beta), batch.scores.logit())
 
 
 def una_mixed(policy, batch, beta):
@@ -84,13 +115,17 @@ def kto(policy, batch, beta):
                         other_logprob, batch.other_ref_logprob, beta)
 
 
-def una_online(policy, batch, beta):
+def una_online(policy, batch, beta, leave_one_out=False):
     """Eq. 7 on fresh samples. The baseline is the mean residual of a prompt's n samples. Each is
-    among its own n: that scales the expected gradient by 1 - 1/n, and changes nothing else."""
+    among its own n: that scales the gradient by 1 - 1/n, and changes nothing else. So it is n - 1
+    over n times that with leave_one_out, where the mean is of the others."""
     reward = implicit_reward(policy, batch, beta)
     residual = (batch.rewards - reward).detach().view(-1, batch.per_prompt)
-    baseline = residual.mean(1).repeat_interleave(batch.per_prompt)
-    return una.una_reward_loss(reward + baseline, batch.rewards)
+    baseline = residual.mean(1, keepdim=True).expand_as(residual)
+    if leave_one_out:
+        n = batch.per_prompt
+        baseline = (n * baseline - residual) / (n - 1)
+    return una.una_reward_loss(reward + baseline.flatten(), batch.rewards)
 
 
 def una_online_score(policy, batch, beta):
@@ -99,23 +134,25 @@ def una_online_score(policy, batch, beta):
     return una.una_score_loss(reward, una.implicit_score(batch.rewards))
 
 
-PPO_EPOCHS, PPO_CLIP, PPO_LAMBDA = 2, 0.2, 0.95   # steps a batch; of ratio and value; of advantages
+PPO_CLIP, PPO_LAMBDA = 0.2, 1.0                     # of ratio and value; of advantages
 
 
-def ppo(policy, batch, beta):
+def ppo(policy, batch, beta, divide=False):
     """Eq. 3 by PPO: the policy's loss and the value model's. The first call on a batch freezes
-    what is old, while pi is the policy that sampled it."""
-    response = batch.mask[:, 1:]                                 # the columns of token_logprobs
-    logprobs = una.token_logprobs(policy(batch.tokens), batch.tokens, batch.mask)
-    values = batch.value(batch.tokens)[:, :-1]
+    what is old, while pi is the policy that sampled it. With divide, advantages are divided by
+    their standard deviation, as is usual; as they vanish, that blows their noise up again."""
+    response = batch.mask[:, data.PROMPT_TOKENS:]
+    logprobs = model_logprobs(policy, batch.tokens, batch.mask)
+    values = after_prompt(batch.value, batch.tokens)[:, :-1]     # before each token
     if not hasattr(batch, "advantages"):
         batch.old_logprobs, batch.old_values = logprobs.detach(), values.detach()
         rewards = una.ppo_token_rewards(batch.rewards, batch.old_logprobs, batch.ref_logprobs,
                                         response, beta)
         advantages, batch.targets = una.ppo_advantages(rewards, batch.old_values, response,
                                                        PPO_LAMBDA)
-        centred = advantages - advantages[response].mean()
-        batch.advantages = centred / (advantages[response].std() + 1e-8)
+        batch.advantages = advantages - advantages[response].mean()
+        if divide:
+            batch.advantages /= advantages[response].std() + 1e-8
     return (una.ppo_policy_loss(logprobs, batch.old_logprobs, batch.advantages, response, PPO_CLIP)
             + una.ppo_value_loss(values, batch.old_values, batch.targets, response, PPO_CLIP))
 
@@ -125,34 +162,44 @@ class Method(NamedTuple):
     loss: Callable
     learning_rate: float
     beta: float            # inside the loss, as a multiple of the task's
+    offset: str = "zero"   # f(x) + c: zero, estimated or learned, one number a prompt
     epochs: int = 1        # optimiser steps on each batch
     needs: str = ""        # a value model, or mismatched pairs
 
 
+OFFSET_TIMES = 10          # a learned f(x) + c has this multiple of the weights' learning rate
 METHODS = {
     "una-pair": Method("pairs", una_pair, 5e-4, 4),
     "una-binary-mse": Method("binary", una_binary_mse, 2e-3, 0.0625),
     "una-binary-bce": Method("binary", una_binary_bce, 2e-3, 0.125),
+    "una-binary-offset": Method("binary", una_binary_bce, 4e-3, 1, "learned"),
     "una-score": Method("scores", una_score, 1e-3, 0.125),
+    "una-score-offset": Method("scores", una_score, 4e-3, 1, "estimated"),
+    "una-reward-offset": Method("scores", una_reward, 4e-3, 1, "estimated"),
     "una-mixed": Method("mixed", una_mixed, 2e-3, 0.125),
     "dpo": Method("pairs", dpo, 5e-4, 4),
     "kto": Method("binary", kto, 4e-3, 0.125, needs="mismatched pairs"),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
     "una-online-score": Method("fresh", una_online_score, 1e-3, 0.5),
-    "ppo": Method("fresh", ppo, 6e-3, 1, PPO_EPOCHS, needs="a value model"),
+    "ppo": Method("fresh", ppo, 6e-3, 1, needs="a value model"),
 }
 
 
 # ---------------------------------------------------------------- the loop
-def align(method, policy, batches, beta, steps, value=None, checkpoints=(), observe=None):
-    """Trains the policy, and with it PPO's value model, by a Method.
+def align(method, policy, batches, beta, steps, value=None, checkpoints=(), observe=None,
+          offsets=None):
+    """Trains the policy by a Method, and with it PPO's value model, or offsets to be learned.
 
     batches yields a batch for each step. At the checkpoints, observe(step, seconds, loss, policy)
     is called, on its own time. Returns what the training was: first loss, seconds, bytes of
     weights, gradients and optimiser state. FloatingPointError where it leaves the numbers.
     """
     trained = [*policy.parameters(), *(value.parameters() if value else [])]
-    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99), fused=True)
+    groups = [dict(params=trained)]
+    if offsets is not None and offsets.requires_grad:            # one number, one step: far to go
+        trained = [*trained, offsets]
+        groups.append(dict(params=[offsets], times=OFFSET_TIMES))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     first_loss, clock = None, run.Clock(trained[0].device)
     try:
         for step in range(1, steps + 1):
@@ -183,11 +230,13 @@ def descend(optimizer, loss, peak, step, steps):
     FloatingPointError if it or the loss is not finite."""
     if not loss.isfinite():
         raise FloatingPointError(f"the loss is {loss.item()}")
-    (group,) = optimizer.param_groups
-    group["lr"] = peak * min(1.0, step / (0.05 * steps)) * (1 - (step - 1) / steps)
+    rate = peak * min(1.0, step / (0.05 * steps)) * (1 - (step - 1) / steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("times", 1)
     optimizer.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     if not norm.isfinite():
         raise FloatingPointError(f"the gradient has norm {norm.item()}")
     optimizer.step()
@@ -214,20 +263,25 @@ def train_reference(settings, seed):
     return model.requires_grad_(False)
 
 
+CHUNK = 2048     # responses at a time, where no gradient is: memory does not grow with their number
+
+
 def collect_feedback(settings, seed, reference):
     """Two responses of the reference to one training prompt after the other, and feedback on them.
 
-    The held-out prompts get none. A namespace: data.Feedback's tensors and ref_logprob (R,).
+    The held-out prompts get none. A namespace: data.Feedback's tensors, ref_logprob (R,), prompt
+    (R,), the number of each response's prompt, and offset (R,), 0.
     """
     in_turn = torch.arange(settings.judged) // 2 % len(data.TRAIN_PROMPTS)
     prompts = data.encode_prompts(data.TRAIN_PROMPTS)[in_turn]
     generator = torch.Generator(settings.device).manual_seed(seed)
-    responses, mask = sample(reference, prompts.to(settings.device), data.MAX_TOKENS, data.EOT,
-                             generator)
+    chunks = [sample(reference, chunk, data.MAX_TOKENS, data.EOT, generator)
+              for chunk in prompts.to(settings.device).split(CHUNK)]
+    responses, mask = (torch.cat(parts) for parts in zip(*chunks))
     feedback = data.feedback_on(prompts, responses.cpu(), mask.cpu(),
-                                torch.Generator().manual_seed(seed))
-    feedback = SimpleNamespace(**{name: tensor.to(settings.device)
-                                  for name, tensor in vars(feedback).items()})
+                                torch.Generator().manual_seed(seed), settings.level)
+    feedback = SimpleNamespace(**{name: tensor.to(settings.device) for name, tensor in dict(
+        vars(feedback), prompt=in_turn, offset=torch.zeros(len(in_turn))).items()})
     feedback.ref_logprob = logprob_in_chunks(reference, feedback.tokens, feedback.mask)
     return feedback
 
@@ -236,7 +290,7 @@ def collect_feedback(settings, seed, reference):
 def logprob_in_chunks(model, tokens, mask):
     """model_logprob of any number of responses, in memory that does not grow with it."""
     return torch.cat([model_logprob(model, *chunk)
-                      for chunk in zip(tokens.split(2048), mask.split(2048))])
+                      for chunk in zip(tokens.split(CHUNK), mask.split(CHUNK))])
 
 
 def with_mismatched_pairs(feedback, reference):
@@ -246,13 +300,26 @@ def with_mismatched_pairs(feedback, reference):
                            other_ref_logprob=logprob_in_chunks(reference, tokens, mask))
 
 
+def start_offsets(method, feedback, beta):
+    """f(x) + c of each prompt, (P,), where a Method of stored feedback begins with it.
+
+    Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Learned: from 0.
+    """
+    offsets = torch.zeros(len(data.TRAIN_PROMPTS), device=feedback.scores.device)
+    if method.offset == "estimated":
+        rewards = feedback.scores.logit()
+        for prompt in range(len(offsets)):
+            offsets[prompt] = una.estimated_offset(rewards[feedback.prompt == prompt], beta)
+    return offsets.requires_grad_(method.offset == "learned")
+
+
 def fresh_samples(policy, prompts, per_prompt, generator):
     """tokens and mask of per_prompt responses of the policy to each prompt, prompt by prompt."""
     x = prompts.repeat_interleave(per_prompt, 0)
     return data.join(x, *sample(policy, x, data.MAX_TOKENS, data.EOT, generator))
 
 
-def fresh_batches(policy, value, shared, size, seed):
+def fresh_batches(policy, value, shared, size, seed, level=0.0):
     """For ever: `size` samples of the policy as it is, with their rewards; value is for PPO."""
     prompts = data.encode_prompts(data.TRAIN_PROMPTS).to(policy.wte.weight.device)
     generator = torch.Generator(prompts.device).manual_seed(seed)
@@ -260,24 +327,26 @@ def fresh_batches(policy, value, shared, size, seed):
     while True:
         tokens, mask = fresh_samples(policy, prompts, per_prompt, generator)
         with torch.no_grad():
-            ref_logprobs = una.token_logprobs(shared.reference(tokens), tokens, mask)
+            ref_logprobs = model_logprobs(shared.reference, tokens, mask)
             rewards = (model_reward(shared.reward_model, tokens, mask) if shared.reward_model
-                       else judge_reward(tokens, mask))
+                       else judge_reward(tokens, mask, level))
         yield SimpleNamespace(tokens=tokens, mask=mask, rewards=rewards, per_prompt=per_prompt,
                               ref_logprobs=ref_logprobs, ref_logprob=ref_logprobs.sum(1),
-                              value=value)
+                              offset=0.0, value=value)
 
 
-def judge_reward(tokens, mask):
+def judge_reward(tokens, mask, level=0.0):
     """The judge's reward of prompts and responses, (B,)."""
     prompts, responses = tokens.split([data.PROMPT_TOKENS, data.MAX_TOKENS], dim=1)
-    return data.reward(prompts, responses).to(tokens.device)
+    rewards = data.reward(prompts, responses)
+    return (rewards + data.prompt_level(prompts, level)).to(tokens.device)
 
 
 def model_reward(reward_model, tokens, mask):
     """The reward model's, read at each response's last token, (B,)."""
+    (mask,) = from_prompts_end(mask)
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return (reward_model(tokens) * last).sum(1)
+    return (after_prompt(reward_model, tokens) * last).sum(1)
 
 
 def train_reward_model(settings, seed, reference, feedback):
@@ -308,7 +377,10 @@ class Settings:
     reward: str = setting("judge", "who rewards the online methods", choices=("judge", "model"))
     steps: int = setting(400, "alignment steps of every method, a batch each", whole(1))
     batch: int = setting(192, "responses per alignment step", whole(2))
-    judged: int = setting(4096, "stored responses that get feedback", whole(24, multiple_of=2))
+    judged: int = setting(0, "stored responses that get feedback, 0: steps x batch, so that each "
+                          "is seen once", whole(0, multiple_of=2))
+    level: float = setting(0.0, "how far prompts differ: adds level x (-1, -1/3, 1/3, 1) to all "
+                           "rewards of a prompt, by its noun", run.between(0, 4))
     reference_steps: int = setting(500, "steps of the reference, 256 sentences each", whole(1))
     evaluations: int = setting(6, "points of an online method's learning curve behind step 0, "
                                "geometric from steps/32 to steps", whole(1))
@@ -321,24 +393,31 @@ class Settings:
     out: str = setting("out/toy", "folder for results.json, pictures and weights")
     quick: bool = setting(False, "a short run of everything, to see that it works")
 
+    def __post_init__(self):
+        self.judged = self.judged or max(24, self.steps * self.batch // 2 * 2)
 
-QUICK = dict(steps=60, judged=1536, reference_steps=200, evaluations=2, n_layer=1, n_embd=32)
+
+QUICK = dict(steps=60, reference_steps=200, evaluations=2, n_layer=1, n_embd=32)
 
 
-def prepare(settings, seed, path):
-    """What all methods of a seed share, saved at path: its entries in results.json."""
+def prepare(settings, seed, path, reference=None):
+    """What all methods of a seed share, saved at path: its entries in results.json.
+
+    reference: of the same seed and size, if it is there already.
+    """
     run.begin(f"seed {seed}")
     stages = ("reference", "feedback", "evaluation")
     clocks = {stage: run.Clock(settings.device) for stage in stages}
     with clocks["reference"]:
-        reference = train_reference(settings, seed)
+        reference = reference or train_reference(settings, seed)
     with clocks["feedback"]:
         feedback, reward_model = collect_feedback(settings, seed, reference), None
         if settings.reward == "model":
             reward_model = train_reward_model(settings, seed, reference, feedback)
     with clocks["evaluation"]:
-        worlds = {"train": exact.World(reference, data.TRAIN_PROMPTS, settings.beta),
-                  "heldout": exact.World(reference, data.HELDOUT_PROMPTS, settings.beta)}
+        worlds = {name: exact.World(reference, prompts, settings.beta, settings.level)
+                  for name, prompts in (("train", data.TRAIN_PROMPTS),
+                                        ("heldout", data.HELDOUT_PROMPTS))}
         start, best = exact.reference_and_optimum(worlds)
     save_weights(settings, f"reference-{seed}", reference)
     run.save(path, functools.partial(torch.save, SimpleNamespace(
@@ -356,14 +435,17 @@ def load(path):
     return torch.load(path, weights_only=False)
 
 
-def batches_for(method, policy, value, shared, settings, seed):
+def batches_for(method, policy, value, shared, settings, seed, offsets=None):
     """What a method learns from, batch by batch, for ever."""
     if method.feedback == "fresh":
-        return fresh_batches(policy, value, shared, settings.batch, seed)
+        yield from fresh_batches(policy, value, shared, settings.batch, seed, settings.level)
     feedback = shared.feedback
     if method.needs == "mismatched pairs":
         feedback = with_mismatched_pairs(feedback, shared.reference)
-    return data.stored_batches(method.feedback, feedback, settings.batch, seed)
+    for batch in data.stored_batches(method.feedback, feedback, settings.batch, seed):
+        if offsets is not None:
+            batch.offset = offsets[batch.prompt]
+        yield batch
 
 
 def run_job(settings, seed, name, path):
@@ -371,11 +453,11 @@ def run_job(settings, seed, name, path):
     return run_method(settings, seed, name, load(path))
 
 
-def run_method(settings, seed, name, shared, method=None, observer=exact.Observer):
+def run_method(settings, seed, name, shared, method=None, observer=exact.Observer, offsets=None):
     """One run of a method on what it shares with the others: its entry in results.json.
 
-    method stands in for METHODS[name]. A run that leaves the numbers says why in "diverged" and
-    has no figures.
+    method stands in for METHODS[name], offsets (P,) for what its offset rule says of the training
+    prompts. A run that leaves the numbers says why in "diverged" and has no figures.
     """
     run.begin(f"seed {seed} | {name}")
     method = method or METHODS[name]
@@ -384,7 +466,9 @@ def run_method(settings, seed, name, shared, method=None, observer=exact.Observe
     value = None
     if method.needs == "a value model":
         value = ScalarGPT(shared.reference).to(settings.device)
-    batches = batches_for(method, policy, value, shared, settings, seed)
+    if offsets is None and not fresh:
+        offsets = start_offsets(method, shared.feedback, beta)
+    batches = batches_for(method, policy, value, shared, settings, seed, offsets)
     # Stored feedback is looked at once, at the end; of the online methods a curve is drawn.
     apart = 32 ** (1 / max(1, settings.evaluations - 1))
     checkpoints = {max(1, round(settings.steps / apart ** i))
@@ -395,7 +479,8 @@ def run_method(settings, seed, name, shared, method=None, observer=exact.Observe
     if fresh:
         entry["reward_source"] = settings.reward
     try:
-        entry |= align(method, policy, batches, beta, settings.steps, value, checkpoints, observe)
+        entry |= align(method, policy, batches, beta, settings.steps, value, checkpoints, observe,
+                       offsets)
     except FloatingPointError as error:
         return dict(runs=entry | dict(diverged=str(error)))
     if fresh:
@@ -406,6 +491,8 @@ def run_method(settings, seed, name, shared, method=None, observer=exact.Observe
         with torch.no_grad():
             chosen, rejected = implicit_reward(policy, pairs, beta).chunk(2)
         entry |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item())
+        if method.offset != "zero":
+            entry["offsets"] = offsets.tolist()                  # f(x) + c of each training prompt
     if fresh and shared.reward_model:
         entry["reward_model"] = reward_model_report(shared, policy, seed)
     save_weights(settings, f"{name}-{seed}", policy)
@@ -455,6 +542,8 @@ def parse(arguments):
     if online and (settings.batch % prompts or settings.batch < 2 * prompts):
         parser.error(f"--batch {settings.batch} must be 2, 3, ... times {prompts}: {online[0]} "
                      "answers as many prompts at each step, each as often")
+    if settings.judged < 24:
+        parser.error(f"--judged {settings.judged}: must be 24 at least, or 0 for steps x batch")
     if settings.n_embd % settings.n_head:
         parser.error(f"--n-embd {settings.n_embd} is not a multiple of --n-head {settings.n_head}")
     settings.device = run.pick_device(parser, settings.device)

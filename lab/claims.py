@@ -1,6 +1,6 @@
-"""The paper's claims, settled: variants are tuned on grids, the best run on other seeds.
+"""The paper's claims, settled: variants are tuned on grids, the best cell is run on other seeds.
 
-    python -m lab.claims                 resumes; an hour and a half on two cores
+    python -m lab.claims                 resumes; about two hours on two cores
     python -m lab.claims --tables        page and pictures anew, from claims.json alone
 
 Writes claims.json, README.md and two pictures into a folder; in its parts/ lies each run by itself.
@@ -13,43 +13,65 @@ import json
 import math
 import os
 import sys
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
 import train
 from lab import figures, memory, page, run, variants
 from lab.run import setting, whole
+from lab.variants import Variant
 
-# Every variant has a grid of 16 candidates, tuned on the training prompts of seeds not reported.
-TUNING_SEEDS, REPORTED_SEEDS = range(100, 102), range(11, 19)
-ONLINE = [name for name in variants.COMPARED if train.METHODS[name].feedback == "fresh"]
-STORED = [name for name in variants.COMPARED if name not in ONLINE]
-GRIDS = {  # variant: (learning rates, multiples of the task's beta)
-    ("una-pair", "zero"): ((5e-4, 1e-3, 2e-3, 4e-3), (1, 2, 4, 8)),     # dpo's too: the same loss
-    **{(name, "zero"): ((5e-4, 1e-3, 2e-3, 4e-3), (0.0625, 0.125, 0.25, 0.5))
-       for name in STORED if name not in ("una-pair", "dpo")},
-    # With beta log Z the task's beta is the right one.
-    **{variant: ((1e-3, 2e-3, 4e-3, 8e-3), (0.5, 1, 2, 4))
-       for variant in (("una-score", "batch"), ("una-score", "prompt"), ("una-score", "exact"),
-                       ("una-binary-bce", "exact"))},
-    **{(name, "zero"): ((1e-3, 3e-3, 6e-3, 1.2e-2), (0.25, 0.5, 1, 2)) for name in ONLINE},
+# ---------------------------------------------------------------- what is tuned, and how
+# A grid has sixteen cells, on the knobs that matter to its variant. All cells run on the first
+# tuning seed. Where the best learning rate or beta is the grid's least or largest, the grid grows
+# by one value beyond it, twice at most. The better eight then run on the second seed, four on the
+# third, two on the last. The best has the least median.
+TUNING_SEEDS, REPORTED_SEEDS = range(100, 104), range(21, 29)
+KEPT, MOVES = (8, 4, 2), 2
+PAIRS = dict(learning_rate=(5e-4, 1e-3, 2e-3, 4e-3), beta=(0.5, 1, 2, 4))
+NO_OFFSET = dict(learning_rate=(1e-3, 2e-3, 4e-3, 8e-3), beta=(0.125, 0.25, 0.5, 1))
+OFFSET = dict(learning_rate=(2e-3, 4e-3, 8e-3, 1.6e-2), beta=(0.25, 0.5, 1, 2))
+UNA_ONLINE = dict(learning_rate=(1e-3, 2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
+                  leave_one_out=(False, True))
+PPO = dict(learning_rate=(1.5e-3, 3e-3, 6e-3, 1.2e-2), epochs=(1, 2), divide=(False, True))
+GRIDS = {
+    Variant("una-pair"): PAIRS,                                  # dpo's too: the same loss
+    **{Variant(name): NO_OFFSET for name in (
+        "una-binary-mse", "una-binary-bce", "una-score", "una-mixed", "kto")},
+    Variant("una-binary-offset", "learned"): OFFSET,
+    Variant("una-score-offset", "estimated"): OFFSET,
+    Variant("una-reward-offset", "estimated"): OFFSET,
+    Variant("una-score", "learned"): OFFSET,
+    Variant("una-reward", "learned"): OFFSET,
+    Variant("una-reward", "residual"): OFFSET,
+    **{Variant(name, level=1.0): NO_OFFSET for name in (
+        "una-binary-mse", "una-binary-bce", "una-score", "una-mixed", "kto")},
+    Variant("una-score", "constant", level=1.0): OFFSET,
+    Variant("una-online"): UNA_ONLINE,
+    Variant("una-online-score"): dict(learning_rate=(1e-3, 2e-3, 4e-3, 8e-3),
+                                      beta=(0.25, 0.5, 1, 2)),
+    Variant("ppo"): PPO,
+    Variant("una-online", reward="model"): UNA_ONLINE,
+    Variant("ppo", reward="model"): PPO,
 }
-SIZES = (256, 1024, 4096, 16384)                                 # judged responses
 
 
 # ---------------------------------------------------------------- parts
 # A part is the result of one function, kept on the disk. Its name has all that the result depends
-# on, the code that trains included, but none of that code's prose.
+# on: the code that trains, but none of its prose, and of the methods' table the row that ran.
 ROOT = Path(__file__).parent.parent
 TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/variants.py")
 
 
 def syntax(source):
-    """A Python source without its comments and docstrings."""
+    """A Python source without its comments and docstrings, and without train.METHODS."""
     tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not (
+        isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        and getattr(node.targets[0], "id", "") == "METHODS")]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node) is not None:
@@ -60,6 +82,14 @@ def syntax(source):
 @functools.cache
 def code_that_trains():
     return [syntax((ROOT / name).read_text(encoding="utf-8")) for name in TRAINS]
+
+
+def row_of(method):
+    """A train.Method, as text."""
+    loss = method.loss
+    options = loss.keywords if isinstance(loss, functools.partial) else {}
+    name = getattr(loss, "func", loss).__name__
+    return [method.feedback, name, options, *method[2:]]
 
 
 def part_path(folder, settings, seed, name, *what):
@@ -94,85 +124,173 @@ def finish(pool, title, jobs):
     return [json.loads(Path(job[0]).read_text(encoding="utf-8")) for job in jobs]
 
 
-# ---------------------------------------------------------------- the whole comparison
-def tuned(tried, shares):
-    """claims.json's rows of the grids. shares[variant, candidate]: what each tuning seed lost.
+class Parts:
+    """Makes parts in a folder, and what they stand on: a prepared file for each seed, level,
+    source of rewards."""
 
-    The best candidate lost least in the mean; a run that diverged lost more than any number.
+    def __init__(self, pool, settings):
+        self.pool, self.folder = pool, os.path.join(settings.out, "parts")
+        os.makedirs(self.folder, exist_ok=True)
+        self.base = replace(settings, out="", jobs=1, evaluations=1)  # they change no figure here
+
+    def prepared(self, seeds, kinds):
+        """What train.prepare says of each (level, source of rewards) of kinds, for each seed."""
+        entries = {}
+        for level, reward in kinds:                              # the first has the references
+            jobs = []
+            for seed in seeds:
+                path, settings = self.shared(seed, level, reward)
+                reference = self.shared(seed, *kinds[0])[0] if (level, reward) != kinds[0] else None
+                if not os.path.exists(f"{path}.pt"):             # both, or none
+                    Path(path).unlink(missing_ok=True)
+                jobs.append((path, variants.prepare, settings, seed, f"{path}.pt",
+                             reference and f"{reference}.pt"))
+            entries[level, reward] = finish(self.pool, f"seeds, level {level:g}, {reward}", jobs)
+        return entries
+
+    def shared(self, seed, level, reward):
+        settings = replace(self.base, level=level, reward=reward)
+        return part_path(self.folder, settings, seed, "shared"), settings
+
+    def job(self, seed, variant, cell, glance=False, **changes):
+        path, settings = self.shared(seed, variant.level, variant.reward)
+        settings, cell = replace(settings, **changes), dict(cell)
+        row = row_of(variants.method_of(variant, cell))
+        return (part_path(self.folder, settings, seed, variant.method, variant, row, glance),
+                variants.run_variant, settings, seed, variant, cell, f"{path}.pt", glance)
+
+
+# ---------------------------------------------------------------- tuning
+# A cell is a tuple of (knob, value).
+def cells_of(grid):
+    return [tuple(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def grown(grid, best):
+    """The grid with a value more wherever the best cell is at an end of rates or betas."""
+    grid = dict(grid)
+    for knob in ("learning_rate", "beta"):
+        values = sorted(grid.get(knob, ()))
+        if values and dict(best)[knob] == values[-1]:
+            grid[knob] = (*values, round(values[-1] ** 2 / values[-2], 6))
+        elif values and dict(best)[knob] == values[0]:
+            grid[knob] = (round(values[0] ** 2 / values[1], 6), *values)
+    return grid
+
+
+def tune(parts):
+    """claims.json's rows of the grids: what every cell lost, on the seeds where it ran."""
+    lost, grids = {variant: {} for variant in GRIDS}, dict(GRIDS)
+
+    def best(variant, count=1):
+        ranked = sorted(lost[variant], key=lambda cell: (-len(lost[variant][cell]),
+                                                         median(lost[variant][cell])))
+        return ranked[:count]
+
+    def run_all(title, seed, cells):
+        todo = [(variant, cell) for variant in GRIDS for cell in cells(variant)]
+        todo.sort(key=lambda pair: (pair[0].level, pair[0].reward))        # one file after another
+        found = finish(parts.pool, title, [parts.job(seed, *pair, glance=True) for pair in todo])
+        for (variant, cell), part in zip(todo, found):
+            lost[variant].setdefault(cell, []).append(figures.lost(part["runs"]))
+
+    first, *others = TUNING_SEEDS
+    for move in range(1 + MOVES):
+        new = {variant: [cell for cell in cells_of(grid) if cell not in lost[variant]]
+               for variant, grid in grids.items()}
+        run_all(f"grids, move {move}", first, new.get)
+        if move < MOVES:
+            grids = {variant: grown(grid, *best(variant)) for variant, grid in grids.items()}
+    for count, seed in zip(KEPT, others):
+        kept = {variant: best(variant, count) for variant in GRIDS}
+        run_all(f"the better {count}", seed, kept.get)
+    return [dict(variant._asdict(), cell=dict(cell), best=[cell] == best(variant),
+                 lost=[share if share < math.inf else None for share in shares])
+            for variant in GRIDS for cell, shares in lost[variant].items()]
+
+
+# ---------------------------------------------------------------- what is reported
+# Fixed before any reported seed ran. Lost is a median over the seeds, in percent of the possible
+# gain; tables.prediction_rows says what was found.
+PREDICTIONS = dict(
+    estimated="`una-score-offset` loses at most a fifth of what `una-score` loses",
+    levels="at level 1 `una-score-offset` loses at most twice what it loses at level 0",
+    learned="at level 1 `una-binary-offset` loses at most half of what `una-binary-bce` loses",
+    constant="at level 1 `una-score` with one constant loses more than 100 %",
+    pairs="`dpo`'s best β is the task's",
+    zero="with f = c = 0 the best β is at most a quarter of the task's (`una-binary-mse`, "
+         "`una-binary-bce`, `una-score`)",
+    online="`una-online` loses at most 0.1 %",
+    alike="`una-online` and `ppo` end alike: their eight differences have both signs",
+    sooner="`una-online` needs at most half of `ppo`'s seconds to 99 % of the gain",
+)
+KINDS = ((0.0, "judge"), (1.0, "judge"), (0.0, "model"))         # (level, source of rewards)
+FEW = 4096                                                       # judged: nineteen passes
+
+
+def reported(chosen, settings):
+    """(variant, cell, settings that differ) of all that runs on the reported seeds.
+
+    chosen: the best cell of each variant of GRIDS. A variant without a grid takes the cell of its
+    nearest relative: of the same loss, then of the same kind of offset.
     """
-    rows = []
-    for variant, candidate in tried:
-        best = min((other for other in tried if other[0] == variant),
-                   key=lambda other: sum(shares[other]))
-        rows.append(dict(method=variant[0], offset=variant[1], learning_rate=candidate[0],
-                         multiple=candidate[1], best=(variant, candidate) == best,
-                         lost=[share if share < math.inf else None
-                               for share in shares[variant, candidate]]))
-    return rows
-
-
-def groups(settings):
-    """What is reported: (key in claims.json, variants, seeds, settings that differ)."""
-    stored, online = ([(name, "zero") for name in names] for names in (STORED, ONLINE))
-    yield "runs", stored, REPORTED_SEEDS, {}
-    yield "runs", online, REPORTED_SEEDS, dict(evaluations=2 * settings.evaluations - 1)
-    yield "runs", [("una-online", "zero"), ("ppo", "zero")], REPORTED_SEEDS, dict(reward="model")
-    yield "longer", [("una-online", "zero")], REPORTED_SEEDS, dict(steps=5 * settings.steps // 2)
-    yield "offsets", [variant for variant in GRIDS if variant[1] != "zero"], REPORTED_SEEDS, {}
-    for judged in SIZES:
-        if judged != settings.judged:
-            # dpo is left out: it is una-pair.
-            yield "sizes", [variant for variant in stored if variant[0] != "dpo"], \
-                REPORTED_SEEDS[:5], dict(judged=judged)
+    score, reward, binary = (Variant("una-score-offset", "estimated"),
+                             Variant("una-reward-offset", "estimated"),
+                             Variant("una-binary-offset", "learned"))
+    constant = Variant("una-score", "constant", 1.0)
+    curve = dict(evaluations=2 * settings.evaluations - 1)
+    for variant in GRIDS:
+        online = variants.METHODS[variant.method].feedback == "fresh"
+        judge = variant.reward == "judge"
+        yield variant, chosen[variant], curve if online and judge else {}
+    pair = chosen[Variant("una-pair")]
+    yield Variant("dpo"), pair, {}
+    yield Variant("dpo", level=1.0), pair, {}
+    for variant in (score, reward, binary, Variant("una-score", "learned"),
+                    Variant("una-reward", "learned"), Variant("una-reward", "residual"),
+                    Variant("una-online")):
+        yield variant._replace(level=1.0), chosen[variant], {}
+    for level in (0.0, 1.0):
+        for method, relative in (("una-score", score), ("una-reward", reward),
+                                 ("una-binary-bce", binary)):
+            yield Variant(method, "exact", level), chosen[relative], {}
+            if (method, level) != ("una-score", 1.0):            # that one has a grid
+                yield (Variant(method, "constant", level),
+                       chosen[constant if level else relative], {})
+        yield Variant("una-score", "residual", level), chosen[score], {}
+        yield Variant("una-reward", "zero", level), chosen[Variant("una-score", level=level)], {}
+        yield Variant("una-binary-bce", "estimated", level), chosen[binary], {}
+    yield Variant("una-score", "held"), chosen[score], {}
+    ppo = dict(chosen[Variant("ppo")])
+    yield Variant("ppo"), tuple((ppo | dict(divide=not ppo["divide"])).items()), curve
+    few = dict(judged=FEW)
+    yield Variant("dpo"), pair, few
+    for variant in (Variant("una-binary-bce"), Variant("kto"), Variant("una-score"), binary, score):
+        yield variant, chosen[variant], few
 
 
 def settle(settings):
     """Tunes every variant, runs the best of each on the reported seeds: what claims.json says."""
-    folder = os.path.join(settings.out, "parts")
-    os.makedirs(folder, exist_ok=True)
-    base = replace(settings, out="", jobs=1, evaluations=1)      # out and jobs change no figure
-    prepare = {seed: part_path(folder, base, seed, "shared")
-               for seed in (*TUNING_SEEDS, *REPORTED_SEEDS)}
-    shared = {seed: f"{path}.pt" for seed, path in prepare.items()}
-    for seed, path in shared.items():
-        if not os.path.exists(path):                             # both, or none
-            Path(prepare[seed]).unlink(missing_ok=True)
-
-    def job(seed, variant, candidate, **changes):
-        changed = replace(base, **changes)
-        path = part_path(folder, changed, seed, *variant, *candidate)
-        return path, variants.run_variant, changed, seed, variant, candidate, shared[seed]
-
     with run.Jobs(settings.jobs) as pool:
-        prepared = finish(pool, "seeds", [(path, train.prepare, base, seed, shared[seed])
-                                          for seed, path in prepare.items()])
-        tried = [(variant, candidate) for variant, grid in GRIDS.items()
-                 for candidate in itertools.product(*grid)]
-        parts = finish(pool, "tuning", [job(seed, *both) for seed in TUNING_SEEDS
-                                        for both in tried])
-        shares = defaultdict(list)
-        for both, part in zip(itertools.cycle(tried), parts):
-            shares[both].append(figures.lost(part["runs"]))
-        tuning = tuned(tried, shares)
-        best = {(row["method"], row["offset"]): (row["learning_rate"], row["multiple"])
-                for row in tuning if row["best"]}
-        best["dpo", "zero"] = best["una-pair", "zero"]
-        jobs = [(key, job(seed, variant, best[variant], **changes)) for seed in REPORTED_SEEDS
-                for key, which, seeds, changes in groups(settings) if seed in seeds
-                for variant in which]
-        parts = finish(pool, "reported seeds", [job for _, job in jobs])
+        parts = Parts(pool, settings)
+        parts.prepared(TUNING_SEEDS, KINDS)
+        tuning = tune(parts)
+        chosen = {Variant(*(row[name] for name in Variant._fields)): tuple(row["cell"].items())
+                  for row in tuning if row["best"]}
+        prepared = parts.prepared(REPORTED_SEEDS, KINDS)[KINDS[0]]
+        found = finish(pool, "reported seeds", [
+            parts.job(seed, variant, cell, **changes)
+            for variant, cell, changes in reported(chosen, settings) for seed in REPORTED_SEEDS])
     claims = dict(settings=asdict(settings) | dict(seed=REPORTED_SEEDS[0],
                                                    seeds=len(REPORTED_SEEDS)),
-                  device=settings.device, versions=run.versions(), tuning=tuning, reference=[],
-                  optimum=[], runs=[], longer=[], offsets=[], sizes=[])
-    for part in prepared[len(TUNING_SEEDS):]:
+                  device=settings.device, versions=run.versions(), predictions=PREDICTIONS,
+                  tuning=tuning, reference=[], optimum=[], runs=[part["runs"] for part in found])
+    for part in prepared:
         for kind, entry in part.items():
             claims[kind].append({name: value for name, value in entry.items()
                                  if name not in ("dots", "samples")})
     for entry in claims["optimum"][1:]:                          # the picture has one frontier
         del entry["frontier"]
-    for (key, _), part in zip(jobs, parts):
-        claims[key].append(part["runs"])
     return claims | dict(peak_memory=memory.peak_memories(settings))
 
 

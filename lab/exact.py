@@ -85,12 +85,13 @@ class World:
     hundred values: levels (L,), and level_logprobs (P, L), log of pi_ref's probability of each.
     """
 
-    def __init__(self, reference, prompts, beta):
-        """prompts: P strings."""
+    def __init__(self, reference, prompts, beta, level=0.0):
+        """prompts: P strings; level: as data.prompt_level's."""
         self.prompts, self.beta = data.encode_prompts(prompts), beta
         responses, _ = all_responses(data.ENCODING.n_vocab, data.MAX_TOKENS, data.EOT)
         self.rewards = torch.stack([data.reward(prompt.expand(len(responses), -1), responses)
                                     for prompt in self.prompts]).double()
+        self.rewards += data.prompt_level(self.prompts, level).double()[:, None]
         self.ref_logprobs = policy_logprobs(reference, self.prompts)
         self.optimum = una.optimal_policy(self.ref_logprobs, self.rewards, beta)[1]
         self.levels, index = self.rewards.unique(return_inverse=True)
