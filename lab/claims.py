@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 import train
-from lab import figures, memory, page, run, variants
+from lab import figures, memory, page, run, tables, variants
 from lab.run import setting, whole
 from lab.variants import Variant
 
@@ -47,8 +47,7 @@ GRIDS = {
     Variant("una-score", "learned"): OFFSET,
     Variant("una-reward", "learned"): OFFSET,
     Variant("una-reward", "residual"): OFFSET,
-    **{Variant(name, level=1.0): NO_OFFSET for name in (
-        "una-binary-mse", "una-binary-bce", "una-score", "una-mixed", "kto")},
+    **{Variant(name, level=1.0): NO_OFFSET for name in ("una-binary-bce", "una-score", "kto")},
     Variant("una-score", "constant", level=1.0): OFFSET,
     Variant("una-online"): UNA_ONLINE,
     Variant("una-online-score"): dict(learning_rate=(1e-3, 2e-3, 4e-3, 8e-3),
@@ -238,15 +237,16 @@ def reported(chosen, settings):
                              Variant("una-reward-offset", "estimated"),
                              Variant("una-binary-offset", "learned"))
     constant = Variant("una-score", "constant", 1.0)
-    curve = dict(evaluations=2 * settings.evaluations - 1)
+    fine = dict(evaluations=2 * settings.evaluations - 1)
+    curves = {Variant("una-online"): fine, Variant("ppo"): fine,
+              Variant("una-online-score"): dict(evaluations=settings.evaluations)}
     for variant in GRIDS:
-        online = variants.METHODS[variant.method].feedback == "fresh"
-        judge = variant.reward == "judge"
-        yield variant, chosen[variant], curve if online and judge else {}
+        yield variant, chosen[variant], curves.get(variant, {})
     pair = chosen[Variant("una-pair")]
     yield Variant("dpo"), pair, {}
     yield Variant("dpo", level=1.0), pair, {}
-    for variant in (score, reward, binary, Variant("una-score", "learned"),
+    yield Variant("una-binary-mse", level=1.0), chosen[Variant("una-binary-bce", level=1.0)], {}
+    for variant in (Variant("una-mixed"), score, reward, binary, Variant("una-score", "learned"),
                     Variant("una-reward", "learned"), Variant("una-reward", "residual"),
                     Variant("una-online")):
         yield variant._replace(level=1.0), chosen[variant], {}
@@ -262,10 +262,11 @@ def reported(chosen, settings):
         yield Variant("una-binary-bce", "estimated", level), chosen[binary], {}
     yield Variant("una-score", "held"), chosen[score], {}
     ppo = dict(chosen[Variant("ppo")])
-    yield Variant("ppo"), tuple((ppo | dict(divide=not ppo["divide"])).items()), curve
+    yield Variant("ppo"), tuple((ppo | dict(divide=not ppo["divide"])).items()), \
+        dict(evaluations=2)                                      # the noise at both ends
     few = dict(judged=FEW)
     yield Variant("dpo"), pair, few
-    for variant in (Variant("una-binary-bce"), Variant("kto"), Variant("una-score"), binary, score):
+    for variant in (Variant("una-binary-bce"), Variant("una-score"), binary, score):
         yield variant, chosen[variant], few
 
 
@@ -296,8 +297,8 @@ def settle(settings):
 
 def write_page(claims, folder):
     """README.md and the pictures, from what claims.json says."""
-    shown = claims | dict(runs=[entry for entry in claims["runs"] if "diverged" not in entry
-                                and entry.get("reward_source") != "model"])
+    shown = claims | dict(runs=[entry for entry in tables.main_runs(claims)
+                                if "diverged" not in entry])
     for name, draw, height in (("frontier.png", figures.draw_frontier, 5),
                                ("regret-over-time.png", figures.draw_regret, 4.5)):
         figures.picture(os.path.join(folder, name), draw, shown, figsize=(7, height))
@@ -322,9 +323,13 @@ def main(arguments=None, settings=None):
     run.check_writable(parser, options.out)
     path = os.path.join(options.out, "claims.json")
     if options.tables:
-        if not os.path.exists(path):
+        try:
+            claims = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
             parser.error(f"--tables: there is no {path}")
-        write_page(json.loads(Path(path).read_text(encoding="utf-8")), options.out)
+        except ValueError as error:
+            parser.error(f"--tables: {path} is not whole: {error}")
+        write_page(claims, options.out)
         return 0
     torch.set_num_threads(1)                                     # as in the processes of Jobs
     device = run.pick_device(parser, options.device)
@@ -340,8 +345,7 @@ def main(arguments=None, settings=None):
                 f"in {options.out}/parts: the same command goes on from there")
         return 130
     run.say(f"{options.out}: claims.json, README.md, two pictures")
-    diverged = [entry for key in ("runs", "longer", "offsets", "sizes") for entry in claims[key]
-                if "diverged" in entry]
+    diverged = [entry for entry in claims["runs"] if "diverged" in entry]
     for entry in diverged:
         run.say(f"seed {entry['seed']} | {entry['method']} diverged: {entry['diverged']}")
     return 1 if diverged else 0

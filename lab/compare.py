@@ -1,30 +1,20 @@
-"""How the claims compare runs: lost, intervals over seeds, and the cells of a table that say so.
+"""How the claims compare runs: lost, medians and ranges over seeds, and a table's cells of them.
 
 Lost is the share of the possible gain, J* - J(pi_ref), that a run ends without, on the training
-prompts; infinite if it diverged. Means and deviations are over the seeds that ended. Differences
-are paired by seed, since a seed is one reference and one feedback.
+prompts; infinite if it diverged. Differences are paired by seed, since a seed is one reference and
+one feedback. A verdict needs all of them to agree in sign: of eight that chance alone would bring
+about once in 128.
 """
 import math
 
-import numpy as np
-
 from lab import figures
 
-# Two-sided 95% quantiles of Student's t, by the number of seeds.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-# Words for: ours less, ours more, neither shown.
+# Words for: ours less on every seed, ours more on every seed, neither.
 VERDICTS = ("replicates", "does not: the reverse", "does not: no difference shown")
 ANSWERS = ("yes", "no: the reverse", "no difference shown")
 
 
 # ---------------------------------------------------------------- figures
-def interval(differences):
-    """Their mean, and the ends of its 95% interval."""
-    mean = np.mean(differences)
-    half = T95[len(differences)] * np.std(differences, ddof=1) / math.sqrt(len(differences))
-    return mean, mean - half, mean + half
-
-
 def lost(runs):
     """In percent."""
     return [100 * figures.lost(run) for run in runs]
@@ -32,12 +22,6 @@ def lost(runs):
 
 def ended(runs):
     return [run for run in runs if "diverged" not in run]
-
-
-def median(values):
-    """Of the runs that ended."""
-    values = [value for value in values if value < math.inf]
-    return np.median(values) if values else math.nan
 
 
 def seconds(runs):
@@ -60,63 +44,74 @@ def seconds_to(share, run):
     return math.inf
 
 
+def median(values):
+    """The middle one, or the mean of the middle two; a run that diverged counts as infinite."""
+    values = sorted(values)
+    low, high = values[(len(values) - 1) // 2], values[len(values) // 2]
+    return low if low == high else (low + high) / 2
+
+
 # ---------------------------------------------------------------- cells
 def number(value, form=".3g"):
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞"
     if abs(value) >= 100:
         form = form[:-2] + "0f"                                  # no exponents
-    return f"{value:{form}}".replace("-", "−")
+    return f"{value:{form}}".replace("-", "−").replace("e−0", "e−")
 
 
-def mean_sd(values, unit=""):
-    """Of the values that are finite; how many are not is told."""
+def with_range(values, unit="", form=".2g"):
+    """median (least to largest); how many are infinite, since they diverged, is told."""
+    if not values:
+        return "–"
     finite = [value for value in values if value < math.inf]
-    if len(finite) > 1:
-        text = f"{number(np.mean(finite))} ± {number(np.std(finite, ddof=1), '.2g')}{unit}"
-    else:
-        text = "".join(f"{number(value)}{unit}" for value in finite)
+    text = f"{number(median(values), form)}{unit}"
+    if len(values) > 1:
+        text += f" ({number(min(values), form)} to {number(max(values), form)})"
     if len(finite) < len(values):
-        text = f"{text} ({len(values) - len(finite)} of {len(values)} diverged)".strip()
+        text += f", {len(values) - len(finite)} of {len(values)} diverged"
     return text
 
 
-def span(differences, words):
-    """A paired difference with its 95% interval, and the word for the side of 0 that it lies on.
+def sign(differences, words):
+    """The word for: all below 0, all above 0, neither."""
+    if all(value < 0 for value in differences):
+        return words[0]
+    return words[1] if all(value > 0 for value in differences) else words[2]
 
-    Where a run diverged there is no word: the interval is of the other seeds.
+
+def span(differences, words):
+    """The median of paired differences with their range, and the word for their common sign.
+
+    Where both diverged there is no difference, and no word.
     """
-    finite = [value for value in differences if math.isfinite(value)]
-    if len(finite) < 2:
+    if any(math.isnan(value) for value in differences):
         return ["–", "–"]
-    mean, low, high = interval(finite)
-    word = words[0] if high < 0 else words[1] if low > 0 else words[2]
-    return [f"{number(mean, '+.3g')} [{number(low, '+.3g')}, {number(high, '+.3g')}]",
-            word if len(finite) == len(differences) else "–"]
+    return [f"{number(median(differences), '+.2g')} "
+            f"[{number(min(differences), '+.2g')}, {number(max(differences), '+.2g')}]",
+            sign(differences, words)]
 
 
 def less(claim, paper, ours, theirs, words=VERDICTS):
     """A row: do our runs lose less than theirs?"""
+    assert [run["seed"] for run in ours] == [run["seed"] for run in theirs], claim
     ours, theirs = lost(ours), lost(theirs)
-    return [claim, paper, f"{mean_sd(ours, ' %')} against {mean_sd(theirs, ' %')}",
+    return [claim, paper, f"{with_range(ours, ' %')} against {with_range(theirs, ' %')}",
             *span([a - b for a, b in zip(ours, theirs)], words)]
 
 
 def sooner(claim, paper, ours, theirs):
-    """A row: do ours take fewer seconds? Medians.
-
-    The ratio is the geometric mean over the seeds where both arrive.
-    """
-    both = [math.log(b / a) for a, b in zip(ours, theirs) if max(a, b) < math.inf]
-    here = f"{number(np.median(ours))} s against {number(np.median(theirs))} s"
-    if len(both) < len(ours):
-        arrive = [sum(value < math.inf for value in values) for values in (ours, theirs)]
+    """A row: do ours take fewer seconds? The ratio is theirs over ours; infinite over infinite is
+    no ratio."""
+    here = f"{number(median(ours))} s against {number(median(theirs))} s"
+    arrive = [sum(value < math.inf for value in values) for values in (ours, theirs)]
+    if min(arrive) < len(ours):
         here += f"; {arrive[0]} and {arrive[1]} of {len(ours)} seeds arrive"
-    if len(both) < 2:
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    if any(math.isnan(ratio) for ratio in ratios):
         return [claim, paper, here, "–", "–"]
-    mean, low, high = np.exp(interval(both))
-    return [claim, paper, here, f"× {mean:.3g} [{low:.3g}, {high:.3g}]",
-            VERDICTS[0 if low > 1 else 1 if high < 1 else 2]]
+    return [claim, paper, here, f"× {number(median(ratios))} [{number(min(ratios))}, "
+            f"{number(max(ratios))}]", sign([1 - ratio for ratio in ratios], VERDICTS)]
 
 
 def markdown(heading, rows):

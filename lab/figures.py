@@ -48,7 +48,7 @@ def line(entries):
     if "reference" in entries:
         return f"seed {entries['reference']['seed']} | {stages(entries['reference']['stages'])}"
     entry = entries["runs"]
-    parts = [f"seed {entry['seed']}", f"{entry['method']:<16}"]
+    parts = [f"seed {entry['seed']}", f"{entry['method']:<17}"]
     if "diverged" in entry:
         return " | ".join([*parts, f"diverged: {entry['diverged']}"])
     parts.append(f"loss {entry['curve'][-1]['loss']:.4f} (at start {entry['start_loss']:.4f})")
@@ -74,8 +74,8 @@ def time_line(results, seconds):
 
 
 def table(results, split):
-    """The table of one set of prompts: means over the seeds, and the regret's standard deviation
-    if there are several."""
+    """The table of one set of prompts: medians over the seeds, and the regret's range if there are
+    several."""
     start = {entry["seed"]: entry[split] for entry in results["reference"]}
     columns = {  # heading: (format, figure of one entry)
         "reward": ("{:z.3f}", lambda entry: entry[split]["reward"]),
@@ -92,12 +92,12 @@ def table(results, split):
         ended = [entry for entry in entries if "diverged" not in entry]
         line = f"{name:<18}"
         if ended:
-            values = [form.format(np.mean([figure(entry) for entry in ended]))
+            values = [form.format(np.median([figure(entry) for entry in ended]))
                       for form, figure in columns.values()]
             line += "".join(f"{'-' if 'nan' in value else value:>12}" for value in values)
         if len(ended) > 1:
             regrets = [entry[split]["regret"] for entry in ended]
-            line += f"  regret +- {np.std(regrets, ddof=1):.5f}"
+            line += f"  regret {min(regrets):.5f} to {max(regrets):.5f}"
         if len(ended) < len(entries):
             line += f"  {len(entries) - len(ended)} of {len(entries)} diverged"
         lines.append(line)
@@ -139,7 +139,7 @@ def picture(path, draw, *shown, **words):
 def colors(results):
     """A color for each method, by its place among the runs."""
     names = dict.fromkeys(run["method"] for run in results["runs"])
-    return {name: colormaps["tab10"](i % 10) for i, name in enumerate(names)}
+    return {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
 
 
 def draw_all(results, folder):
