@@ -63,9 +63,10 @@ def chi_square(counts, probs):
     return sum((counts[key] - n * p) ** 2 / (n * p) for key, p in probs.items())
 
 
-def feedback_on_texts(prompts, texts, seed=0):
+def feedback_on_texts(prompts, texts, seed=0, level=0.0):
     generator = torch.Generator().manual_seed(seed)
-    return data.feedback_on(data.encode_prompts(prompts), *data.encode_responses(texts), generator)
+    return data.feedback_on(data.encode_prompts(prompts), *data.encode_responses(texts), generator,
+                            level)
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -346,6 +347,29 @@ def test_reward_fetches_its_arguments_from_any_device():
     assert torch.equal(data.reward(*elsewhere), data.reward(prompts, responses))
 
 
+# ---------------------------------------------------------------- a level for each noun
+@pytest.mark.parametrize("level", [0.0, 1.0, 2.5])
+def test_the_level_of_a_prompt_is_its_nouns_whatever_its_mood(level):
+    expected = {"sea": -level, "wind": -level / 3, "fire": level / 3, "night": level}
+    got = data.prompt_level(data.encode_prompts(PROMPTS), level)
+    assert got.shape == (16,)
+    assert got.tolist() == pytest.approx([expected[prompt.split()[1]] for prompt in PROMPTS])
+
+
+def test_a_level_is_fetched_from_any_device():
+    class Elsewhere:
+        def __getitem__(self, where):
+            return SimpleNamespace(cpu=lambda: data.encode_prompts(PROMPTS)[where])
+    here = data.prompt_level(data.encode_prompts(PROMPTS), 1.0)
+    assert torch.equal(data.prompt_level(Elsewhere(), 1.0), here)
+
+
+def test_levels_are_0_on_average_so_that_no_reward_rises_on_the_whole():
+    for prompts in (PROMPTS, TRAIN_PROMPTS, data.HELDOUT_PROMPTS):
+        levels = data.prompt_level(data.encode_prompts(prompts), 1.0)
+        assert levels.sum().item() == pytest.approx(0, abs=1e-6) and len(levels.unique()) == 4
+
+
 # ---------------------------------------------------------------- sentences
 def test_sentences_come_from_their_seed_alone():
     state = random.getstate(), torch.get_rng_state()
@@ -432,6 +456,20 @@ def test_labels_are_one_with_probability_sigma_of_the_reward_and_scores_are_it(m
         assert feedback.scores[i::8].tolist() == pytest.approx([sigmoid(r)] * 5000, abs=1e-6)
         assert within(feedback.labels[i::8].sum().item(), 5000, sigmoid(r))
         assert not within(feedback.labels[i::8].sum().item(), 5000, sigmoid(-r))
+
+
+def test_a_level_is_in_labels_and_scores_and_in_no_pair(many):
+    prompts, texts, feedback = many
+    raised = feedback_on_texts(prompts, texts, level=2.0)
+    for name in ("tokens", "mask", "pairs"):
+        assert torch.equal(getattr(raised, name), getattr(feedback, name)), name
+    for i in range(8):                                           # 4 is ungrammatical
+        r, = rewards(prompts[i], [texts[i]])
+        r += {"sea": -2, "wind": -2 / 3, "fire": 2 / 3, "night": 2}[prompts[i].split()[1]]
+        assert raised.scores[i::8].tolist() == pytest.approx([sigmoid(r)] * 5000, abs=1e-6)
+        assert within(raised.labels[i::8].sum().item(), 5000, sigmoid(r))
+        before = feedback.scores[i].item()
+        assert not within(raised.labels[i::8].sum().item(), 5000, before)
 
 
 def test_labels_of_different_rows_are_drawn_independently(many):

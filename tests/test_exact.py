@@ -225,6 +225,40 @@ def test_a_response_of_probability_0_adds_nothing_to_the_kl():
     assert exact.kl_divergence(p, q.log()).item() == math.inf    # what pi_ref never gives
 
 
+# ---------------------------------------------------------------- a level for each noun
+@pytest.fixture(scope="module")
+def raised():
+    """small's training world at level 1: of the prompts of the nouns wind and fire."""
+    return exact.World(small().reference, data.TRAIN_PROMPTS[:2], 0.25, 1.0)
+
+
+LEVEL = torch.tensor([[-1 / 3], [1 / 3]]).double()               # f(x) there
+
+
+def test_a_level_is_added_to_every_reward_of_a_prompt(raised):
+    world = small().worlds["train"]
+    assert close(raised.rewards - world.rewards, LEVEL.expand(2, 406_901), 1e-6)
+    ungrammatical = world.rewards == -3
+    assert ungrammatical.sum() > 800_000
+    assert close(raised.rewards[ungrammatical], (LEVEL - 3).expand(2, 406_901)[ungrammatical], 1e-6)
+
+
+def test_eq16_neither_the_optimum_nor_any_regret_knows_the_level(raised):
+    # Only J and J* do: they are higher by f(x).
+    world = small().worlds["train"]
+    best, value = una.optimal_policy(world.ref_logprobs, world.rewards, 0.25)
+    raised_best, raised_value = una.optimal_policy(raised.ref_logprobs, raised.rewards, 0.25)
+    assert close(raised_best, best, 1e-9) and close(raised.optimum, raised_value)
+    assert close(raised_value - value, LEVEL[:, 0], 1e-6)
+    for logprobs in (world.ref_logprobs, policy_in(world), best):
+        before, after = (exact.evaluate_in_full(w, logprobs) for w in (world, raised))
+        for name in ("kl", "regret", "residual_variance"):
+            assert after[name] == pytest.approx(before[name], abs=1e-9), name
+        J, raised_J = (una.rlhf_objective(logprobs, w.ref_logprobs, w.rewards, 0.25)
+                       for w in (world, raised))
+        assert close(raised_J - J, LEVEL[:, 0], 1e-6)
+
+
 # ---------------------------------------------------------------- precision where beta is large
 def variance(logprobs, values):
     """Of values under a distribution, mean over the prompts."""

@@ -204,11 +204,14 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 @pytest.mark.parametrize("cuts", [cuts for n in range(6)
                                   for cuts in itertools.combinations(range(1, 6), n)])
-def test_the_cache_changes_no_logits_however_the_sequence_is_cut(cuts):
-    model, tokens, cache = gpt(), random_tokens(2, 6), []
-    pieces = [model(tokens[:, a:b], cache) for a, b in itertools.pairwise([0, *cuts, 6])]
-    assert close(torch.cat(pieces, dim=1), model(tokens))
-    assert all(k.shape == v.shape == (2, 3, 6, 4) for k, v in cache) and len(cache) == 2
+def test_the_cache_changes_no_output_however_the_sequence_is_cut(cuts):
+    scalar = ScalarGPT(gpt()).double()
+    torch.nn.init.normal_(scalar.scalar.weight)
+    for model in (gpt(), scalar):
+        tokens, cache = random_tokens(2, 6), []
+        pieces = [model(tokens[:, a:b], cache) for a, b in itertools.pairwise([0, *cuts, 6])]
+        assert close(torch.cat(pieces, dim=1), model(tokens))
+        assert all(k.shape == v.shape == (2, 3, 6, 4) for k, v in cache) and len(cache) == 2
 
 
 def test_a_cache_with_stale_positions_or_a_mask_without_offset_has_other_logits():

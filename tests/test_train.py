@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +15,12 @@ import torch
 import data
 import train
 import una
+from helpers import gradient, near, normals
 from lab import exact, figures
 from lab.exact import all_responses
 from model import GPT, GPTConfig, ScalarGPT, sample
-from short_train import moved, small, timeless
+from models import gpt
+from short_train import FLAGS, moved, small, timeless
 
 ROOT = Path(__file__).parent.parent
 STORED = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
@@ -54,19 +56,20 @@ def items_in(batch, kind):
             }.get(kind, len(batch.tokens))
 
 
-def batches_of(name, policy, value=None, shared=None, **settings):
-    shared = shared or small()
-    settings = train.Settings(**vars(small().settings) | settings)
-    return train.batches_for(train.METHODS[name], policy, value, shared, settings, 0)
+def batches_of(name, policy, value=None, offsets=None, **settings):
+    settings = replace(small().settings, **settings)
+    return train.batches_for(train.METHODS[name], policy, value, small(), settings, 0, offsets)
 
 
 def trained(name, steps, observe=None):
     """A copy of small's reference, trained by a method, and what align says of it."""
-    policy = copy.deepcopy(small().reference).requires_grad_(True)
+    policy, method = copy.deepcopy(small().reference).requires_grad_(True), train.METHODS[name]
     value = ScalarGPT(small().reference) if name == "ppo" else None
-    batches, method = batches_of(name, policy, value), train.METHODS[name]
-    entry = train.align(method, policy, batches, method.beta * 0.25, steps, value,
-                        {steps} if observe else (), observe)
+    beta, offsets = method.beta * 0.25, None
+    if method.feedback != "fresh":
+        offsets = train.start_offsets(method, small().feedback, beta)
+    entry = train.align(method, policy, batches_of(name, policy, value, offsets), beta, steps,
+                        value, {steps} if observe else (), observe, offsets)
     return policy, entry
 
 
@@ -85,8 +88,81 @@ class Blind:
 
 def run_one(name, shared=None, observer=Blind, method=None, **settings):
     """run_method's entry."""
-    settings = train.Settings(**vars(small().settings) | settings)
+    settings = replace(small().settings, **settings)
     return train.run_method(settings, 0, name, shared or small(), method, observer)["runs"]
+
+
+# ---------------------------------------------------------------- a prompt, once for its responses
+def heads():
+    """A GPT and a ScalarGPT in float64; the scalar is not 0, as it is at first."""
+    model = gpt(data.ENCODING.n_vocab, data.BLOCK_SIZE)
+    scalar = ScalarGPT(model).double()
+    torch.nn.init.normal_(scalar.scalar.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.constant_(scalar.scalar.bias, 0.3)
+    return dict(logits=model, scalar=scalar)
+
+
+ORDERS = {  # of the prompts of a batch
+    "one": [3] * 5, "all unlike": range(15, -1, -1), "repeated": [7, 7, 0, 0, 9, 9],
+    "in any order": [9, 2, 2, 9, 0, 15, 2, 9, 9, 1],
+}
+
+
+def answers(order):
+    """Tokens and mask of a batch: a response of each length, over and over."""
+    responses, mask = data.encode_responses(
+        ["".join([f" {word}" for word in [*data.ADJECTIVES][i:i + i % 4]])
+         for i in range(len(order))])
+    return data.join(data.encode_prompts([data.PROMPTS[i] for i in order]), responses, mask)
+
+
+def value_and_gradients(model, output, seed=0):
+    """A weighted mean of the output, no two weights alike, and its gradient in each parameter."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).double()
+    gradients = torch.autograd.grad((weights * output).mean(), [*model.parameters()])
+    assert all(slope.any() for slope in gradients)
+    return [output, *gradients]
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("head", ["logits", "scalar"])
+def test_after_prompt_is_the_models_own_output_from_the_prompts_last_token_on(head, order):
+    model, (tokens, _) = heads()[head], answers(order)
+    shared = value_and_gradients(model, train.after_prompt(model, tokens))
+    alone = value_and_gradients(model, model(tokens)[:, data.PROMPT_TOKENS - 1:])
+    assert all(near(a, b, 1e-12) for a, b in zip(shared, alone, strict=True))
+
+
+@pytest.mark.parametrize("head", ["logits", "scalar"])
+def test_a_prompt_is_computed_once_and_of_a_response_nothing_but_its_own_tokens(head):
+    model, (tokens, _) = heads()[head], answers(ORDERS["in any order"])
+    shapes, hidden = [], model.hidden
+    model.hidden = lambda tokens, *rest: (shapes.append(tuple(tokens.shape)),
+                                          hidden(tokens, *rest))[1]
+    train.after_prompt(model, tokens)
+    assert shapes == [(5, data.PROMPT_TOKENS), (10, data.MAX_TOKENS)]
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_model_logprob_is_the_sequence_logprob_of_the_whole_responses_logits(order):
+    model, (tokens, mask) = heads()["logits"], answers(order)
+    shared = value_and_gradients(model, train.model_logprob(model, tokens, mask))
+    logprob = una.sequence_logprob(model(tokens), tokens, mask)
+    alone = value_and_gradients(model, logprob)
+    assert all(near(a, b, 1e-12) for a, b in zip(shared, alone, strict=True))
+    by_token = una.token_logprobs(model(tokens), tokens, mask)
+    response = by_token[:, data.PROMPT_TOKENS - 1:]              # the prompt's columns are 0
+    assert near(train.model_logprobs(model, tokens, mask), response, 1e-12)
+    assert near(response.sum(1), logprob, 1e-12) and len(logprob.unique()) > 3
+
+
+def test_model_reward_is_the_scalar_at_the_last_token_of_each_response():
+    model, (tokens, mask) = heads()["scalar"], answers(ORDERS["in any order"])
+    lengths = mask.sum(1).tolist()
+    alone = torch.stack([model(row[None, :data.PROMPT_TOKENS + n])[0, -1]
+                         for row, n in zip(tokens, lengths)])
+    assert near(train.model_reward(model, tokens, mask), alone, 1e-12)
+    assert set(lengths) == {1, 2, 3, 4} and len(alone.unique()) > 6
 
 
 # ---------------------------------------------------------------- stored feedback in batches
@@ -101,6 +177,35 @@ def test_feedback_is_on_two_responses_to_each_training_prompt_in_turn():
     prompts = small().feedback.tokens[:, :data.PROMPT_TOKENS]
     expected = [prompt for prompt in data.TRAIN_PROMPTS for _ in range(2)] * 4
     assert torch.equal(prompts, data.encode_prompts(expected))
+
+
+def test_feedback_says_which_prompt_each_response_answers_and_begins_with_no_offset():
+    feedback = small().feedback
+    prompts = data.encode_prompts(data.TRAIN_PROMPTS)
+    assert torch.equal(prompts[feedback.prompt], feedback.tokens[:, :data.PROMPT_TOKENS])
+    assert torch.equal(feedback.offset, torch.zeros(len(feedback.tokens)))
+
+
+def test_responses_are_collected_in_chunks_so_that_memory_does_not_grow_with_them(monkeypatch):
+    shared, asked, answered = small(), [], []
+
+    def recorded(model, x, *rest):
+        asked.append(x)
+        answered.append(sample(model, x, *rest))
+        return answered[-1]
+    monkeypatch.setattr(train, "sample", recorded)
+    monkeypatch.setattr(train, "CHUNK", 40)
+    feedback = train.collect_feedback(shared.settings, 0, shared.reference)
+    assert [len(x) for x in asked] == [40, 40, 16]
+    responses, mask = (torch.cat(parts) for parts in zip(*answered))
+    expected = data.join(torch.cat(asked), responses, mask)      # each behind its own prompt
+    assert torch.equal(feedback.tokens, expected[0]) and torch.equal(feedback.mask, expected[1])
+    assert torch.equal(feedback.prompt, shared.feedback.prompt)
+    assert not torch.equal(responses[:40], responses[40:80])     # one stream, not one a chunk
+    fresh = train.model_logprob(shared.reference, feedback.tokens, feedback.mask)
+    assert torch.allclose(feedback.ref_logprob, fresh, atol=1e-5)
+    rewards = data.reward(feedback.tokens[:, :3], feedback.tokens[:, 3:])
+    assert torch.equal(feedback.scores, torch.sigmoid(rewards))
 
 
 def test_una_mixed_uses_each_response_for_one_kind_of_feedback():
@@ -119,7 +224,7 @@ def test_una_mixed_uses_each_response_for_one_kind_of_feedback():
 def test_rows_of_a_stored_batch_are_what_the_feedback_says_of_them(kind):
     feedback, pairs = with_rows(), {tuple(pair) for pair in small().feedback.pairs.tolist()}
     for batch in one_pass(kind, 24):
-        for name in ("tokens", "mask", "labels", "scores", "ref_logprob"):
+        for name in ("tokens", "mask", "labels", "scores", "ref_logprob", "prompt", "offset"):
             assert torch.equal(getattr(batch, name), getattr(feedback, name)[batch.row])
         if kind == "pairs":
             assert {tuple(pair) for pair in batch.row.view(2, -1).T.tolist()} <= pairs
@@ -153,6 +258,22 @@ def test_where_responses_are_identical_pairs_are_missing_and_steps_are_not():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pairs", [48, 45])
+def test_by_default_every_stored_response_is_seen_once(kind, pairs):
+    # But for pairs, where ties, which say nothing, leave fewer of them than the batches divide.
+    settings, feedback = train.Settings(steps=4, batch=24), with_rows()
+    assert settings.judged == len(feedback.tokens) == 96
+    feedback.pairs = feedback.pairs[:pairs]
+    stream = data.stored_batches(kind, feedback, settings.batch, 0)
+    rows = torch.cat([next(stream).row for _ in range(settings.steps)])
+    times = torch.bincount(rows, minlength=96)
+    if kind in ("binary", "scores") or pairs == 48:
+        assert (times == 1).all()
+    else:
+        assert times.sum() >= 88 and times.max() <= 2 and (times == 1).sum() >= 80
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_stored_batches_come_from_their_seed_alone(kind):
     rows = [next(data.stored_batches(kind, with_rows(), 24, seed)).row.tolist()
             for seed in (0, 0, 1)]
@@ -179,6 +300,8 @@ def test_first_losses_are_what_theory_predicts():
         assert torch.allclose(first, torch.full_like(first, expected), atol=1e-6), name
     first = train.una_score(reference, feedback, 0.25)
     assert torch.allclose(first, (0.5 - feedback.scores) ** 2, atol=1e-6)
+    rewards = data.reward(feedback.tokens[:, :3], feedback.tokens[:, 3:])
+    assert torch.allclose(train.una_reward(reference, feedback, 0.25), rewards ** 2, atol=1e-5)
 
 
 def test_una_mixed_is_the_three_losses_with_every_item_weighing_the_same():
@@ -283,19 +406,21 @@ def test_precomputed_reference_logprobs_are_fresh_ones_in_any_batch():
 
 def test_logprobs_in_chunks_are_those_computed_at_once_and_carry_no_gradient():
     tokens, mask = (part.repeat(50, 1) for part in (small().feedback.tokens, small().feedback.mask))
-    tokens, sizes = tokens.clone(), []
+    tokens, shapes = tokens.clone(), []
     tokens[:, 3] = torch.arange(len(tokens)) % data.EOT          # no chunk is like another
     model = moved(small().reference)
     at_once = train.model_logprob(model, tokens, mask)
-    model.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
+    model.register_forward_hook(lambda _, arguments, __: shapes.append(tuple(arguments[0].shape)))
     in_chunks = train.logprob_in_chunks(model, tokens, mask)
     assert torch.allclose(in_chunks, at_once, atol=1e-5) and not in_chunks.requires_grad
-    assert len(sizes) > 2 and sum(sizes) == len(tokens) == 4800
+    sizes = [rows for rows, columns in shapes if columns == data.MAX_TOKENS]
+    assert sizes == [train.CHUNK, train.CHUNK, 4800 - 2 * train.CHUNK] and len(tokens) == 4800
 
 
 # ---------------------------------------------------------------- fresh samples
 @pytest.fixture
 def two_prompts(monkeypatch):
+    small()                                                      # of all prompts, for who is next
     monkeypatch.setattr(data, "TRAIN_PROMPTS", data.TRAIN_PROMPTS[:2])
 
 
@@ -331,14 +456,55 @@ def test_online_methods_sample_from_the_policy_and_not_from_the_reference(name, 
     assert seen == [policy]
 
 
-def test_eq07_online_the_offset_is_the_prompts_own_mean(two_prompts, monkeypatch):
-    residuals = []
+def test_eq07_online_the_offset_is_the_prompts_own_mean_or_that_of_the_others(
+        two_prompts, monkeypatch):
+    baselined = []
     monkeypatch.setattr(una, "una_reward_loss",
-                        lambda implicit, explicit: residuals.append(explicit - implicit))
+                        lambda implicit, explicit: baselined.append(explicit - implicit))
     policy = moved(small().reference)
-    train.una_online(policy, fresh_batch(policy), 0.25)
-    assert torch.allclose(residuals[0].view(2, 8).mean(1), torch.zeros(2), atol=1e-6)
-    assert residuals[0].abs().max() > 0.1
+    batch = fresh_batch(policy)
+    rho = train.model_logprob(policy, batch.tokens, batch.mask) - batch.ref_logprob
+    residuals = (batch.rewards - 0.25 * rho).view(2, 8)          # prompt by prompt
+    train.una_online(policy, batch, 0.25)
+    train.una_online(policy, batch, 0.25, leave_one_out=True)
+    own, others = (part.view(2, 8) for part in baselined)
+    assert torch.allclose(own, residuals - residuals.mean(1, keepdim=True), atol=1e-5)
+    assert own.abs().max() > 0.1
+    for k in range(8):
+        rest = torch.cat([residuals[:, :k], residuals[:, k + 1:]], dim=1)
+        assert torch.allclose(others[:, k], residuals[:, k] - rest.mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("per_prompt", [2, 3, 8])
+def test_eq07_online_the_own_mean_has_n_minus_1_over_n_of_the_gradient_with_the_others(
+        two_prompts, per_prompt):
+    # Sample by sample, so in every batch: not only on average.
+    policy = moved(small().reference).double()
+    batch = fresh_batch(policy, copy.deepcopy(small().reference).double(), 2 * per_prompt)
+    own, others = (torch.autograd.grad(train.una_online(policy, batch, 0.25, leave_one_out).mean(),
+                                       [*policy.parameters()])
+                   for leave_one_out in (False, True))
+    scale = (per_prompt - 1) / per_prompt
+    assert all(near(a, scale * b) for a, b in zip(own, others))
+    assert max(slope.abs().max() for slope in others) > 1e-2
+
+
+def test_eq07_online_leaving_one_out_has_the_gradient_of_eq07_and_the_own_mean_half_of_it(
+        monkeypatch):
+    # Of two samples: all 36 pairs of them, each with its probability. Nothing is sampled.
+    normal = normals(0)
+    theta, ref, rewards = normal(6), normal(6).log_softmax(-1), normal(6)
+    y = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    probability = theta.softmax(-1)[y].prod(1)
+    monkeypatch.setattr(train, "implicit_reward", lambda policy, batch, beta: una.implicit_reward(
+        policy.log_softmax(-1)[y.flatten()], ref[y.flatten()], beta))
+    batch = SimpleNamespace(rewards=rewards[y.flatten()], per_prompt=2)
+    own, others = (gradient(lambda policy: probability * train.una_online(
+        policy, batch, 0.4, leave_one_out).view(-1, 2).mean(1), theta)
+        for leave_one_out in (False, True))
+    J = gradient(lambda policy: una.rlhf_objective(policy.log_softmax(-1), ref, rewards, 0.4),
+                 theta)
+    assert near(others, -2 * 0.4 * J) and near(own, -0.4 * J) and J.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["una-online", "una-online-score"])
@@ -423,6 +589,8 @@ def test_align_calls_the_observer_at_the_checkpoints_and_looks_at_nothing_itself
     for listing in ("all_logprobs", "policy_logprobs", "all_responses"):
         monkeypatch.setattr(exact, listing, forbidden)
     seen, losses, method = [], [], train.METHODS[name]
+    if name == "ppo":
+        method = method._replace(epochs=2)                       # a loss for each inner step
 
     def recorded(*arguments):
         value = method.loss(*arguments)
@@ -503,6 +671,18 @@ def test_learning_rate_climbs_then_falls_to_zero_but_never_is():
         rates.append(optimizer.param_groups[0]["lr"])
     assert min(rates) > 0 and max(rates) == rates[4] and rates[-1] == pytest.approx(0.02)
     assert rates[:5] == sorted(rates[:5]) and rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_groups_of_parameters_keep_their_multiples_of_the_rate_and_share_one_norm():
+    weight, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([dict(params=[weight]), dict(params=[other], times=10)], lr=0.0)
+    for step in (1, 2):
+        train.descend(optimizer, 3 * weight.sum() - 4 * other.sum(), 0.5, step, 2)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.5 / step, 5.0 / step])
+        assert (weight.grad.item(), other.grad.item()) == pytest.approx((0.6, -0.8), rel=1e-4)
+    assert weight.item() == pytest.approx(-0.6 * 0.75, rel=1e-4)
+    assert other.item() == pytest.approx(0.8 * 7.5, rel=1e-4)
 
 
 def test_a_long_gradient_is_cut_to_norm_1_and_a_short_one_is_left():
@@ -589,7 +769,7 @@ def test_one_method_that_diverges_costs_a_line_and_the_status_and_nothing_else(
         (line,) = [line for line in err.splitlines() if f"| {name} " in line]
         assert line.startswith("seed 7 | ") and "diverged: " in line and "at step " in line
         rows = [line for line in out.splitlines() if line.split()[:1] == [name]]
-        assert [row.split()[1:] for row in rows[:2]] == [["1", "of", "1", "diverged"]] * 2
+        assert [row.split()[1:] for row in rows] == [["1", "of", "1", "diverged"]]
     assert "Traceback" not in err
     assert all((tmp_path / name).exists() for name in figures.PICTURES)
 
@@ -631,6 +811,8 @@ def test_results_hold_what_is_promised(tiny):
         assert run["curve"][-1]["seconds"] == run["seconds"]
         assert ("chosen_reward" in run) == ("rejected_reward" in run) == (run["method"] in STORED)
         assert run.get("reward_source") == ("judge" if run["method"] in FRESH else None)
+        assert ("offsets" in run) == (method.offset != "zero")   # of the three prompts
+        assert len(run.get("offsets", "123")) == 3
     kept = [name for name in results["files"] if not name.startswith("shared-")]
     assert len(kept) == len(results["files"]) - 1
     assert sorted(path.name for path in tiny.folder.iterdir()) == sorted(["results.json", *kept])
@@ -680,7 +862,7 @@ def test_same_seed_same_results_whatever_else_runs(short, tmp_path, no_pictures)
         assert timeless(entry) == timeless(expected[entry["method"]])
         assert entry["train"] != other["train"]                  # another seed is another run
     assert timeless(again["reference"][0]) == timeless(everything["reference"][0])
-    assert "regret +-" in figures.table(again, "train")
+    assert " to " in figures.table(again).splitlines()[-2]       # of two seeds
 
 
 def test_a_reward_model_stands_in_for_the_judge_and_is_reported(short, tmp_path, no_pictures):
@@ -767,6 +949,20 @@ def test_another_run_in_this_process_learns_from_its_own_reference(short, tmp_pa
     assert timeless(again["runs"]) == timeless(alone["runs"])
 
 
+def test_what_a_seed_shares_may_begin_with_a_reference_that_is_there_already(
+        short, tmp_path, monkeypatch, no_pictures):
+    short(tmp_path, "--methods dpo")
+    reference = load(tmp_path / "reference-0.pt").requires_grad_(False)
+    monkeypatch.setattr(train, "train_reference", None)          # it is not asked for
+    path = str(tmp_path / "shared.pt")
+    settings = train.parse([*FLAGS, "--out", str(tmp_path / "other")])
+    entries = train.prepare(settings, 0, path, reference)
+    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert timeless(entries["reference"]["train"]) == results["reference"][0]["train"]
+    shared = train.load(path)
+    assert torch.equal(shared.reference.wte.weight, reference.wte.weight)
+
+
 @pytest.mark.parametrize("beta", ["1e-4", "1e6"])
 def test_a_run_at_either_end_of_beta_ends_in_numbers(beta, short, tmp_path, no_pictures):
     assert short(tmp_path, f"--beta {beta} --methods una-score,una-online") == 0
@@ -786,7 +982,7 @@ def test_without_a_terminal_each_stage_and_method_is_a_line_as_it_ends(tiny):
         assert f" {stage} " in lines[0]
     assert lines[0].startswith("seed 1 | ")
     for line, name in zip(lines[1:], reversed(train.METHODS)):
-        assert line.split(" | ")[:2] == ["seed 1", f"{name:<16}"] and line.endswith(" s")
+        assert line.split(" | ")[:2] == ["seed 1", f"{name:<17}"] and line.endswith(" s")
         assert " lost " in line and "loss " in line
     for stage in ("reference", "feedback", "training", "exact evaluation"):
         assert f"{stage} " in lines[-1]
@@ -803,7 +999,9 @@ def test_without_a_terminal_each_stage_and_method_is_a_line_as_it_ends(tiny):
     ("--steps 0", "--steps"), ("--steps 1.5", "1.5"), ("--batch 23", "--batch"),
     ("--batch 100 --methods dpo,ppo", "ppo"), ("--batch 12 --methods una-online", "--batch 12"),
     ("--batch 1 --methods dpo", "--batch"),
-    ("--judged 25", "--judged"), ("--judged 0", "--judged"), ("--judged 22", "--judged"),
+    ("--judged 25", "--judged"), ("--judged 10", "--judged 10"), ("--judged 22", "24 at least"),
+    ("--judged -2", "--judged"), ("--level -1", "--level"), ("--level 5", "--level"),
+    ("--level nan", "--level"), ("--level high", "high"),
     ("--n-embd 10 --n-head 4", "--n-embd"), ("--device tpu", "tpu"), ("--reward fame", "fame"),
     ("--reward true", "true"), ("--jobs -1", "--jobs"), ("--out", "--out"),
     ("--evaluations 0", "--evaluations"), ("--reference-steps 0", "--reference-steps"),
@@ -815,6 +1013,21 @@ def test_bad_input_is_one_line_and_status_2(arguments, told, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and told in error and error.count("\n") == 1
     assert error.startswith("train.py: ") and not (tmp_path / "new").exists()
+
+
+def test_every_response_is_judged_that_a_run_sees_unless_a_number_says_otherwise(tmp_path):
+    settings = train.Settings()
+    assert settings.judged == settings.steps * settings.batch == 76_800
+    assert train.Settings(steps=3, batch=31).judged == 92        # in pairs
+    assert train.Settings(steps=1, batch=2).judged == 24         # two for each prompt
+    assert replace(train.Settings(judged=96), steps=7).judged == 96
+    assert replace(settings, judged=0, steps=2).judged == 384
+
+    def judged(flags):
+        return train.parse([*flags.split(), "--out", str(tmp_path)]).judged
+    assert judged("") == judged("--judged 0") == 76_800 and judged("--judged 4096") == 4096
+    assert judged("--steps 10 --batch 24") == 240 and judged("--judged 24") == 24
+    assert judged("--quick") == train.QUICK["steps"] * 192
 
 
 def test_stored_feedback_takes_any_batch_and_fresh_samples_a_multiple_of_the_prompts(tmp_path):

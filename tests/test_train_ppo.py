@@ -60,14 +60,14 @@ def batch_of(value, reference, tokens, mask):
     """What train.fresh_batches would make of these tokens."""
     return SimpleNamespace(
         tokens=tokens, mask=mask, value=value, rewards=train.judge_reward(tokens, mask),
-        ref_logprobs=una.token_logprobs(reference(tokens), tokens, mask))
+        ref_logprobs=train.model_logprobs(reference, tokens, mask))
 
 
-def inner_steps(policy, value, batch):
+def inner_steps(policy, value, batch, epochs=2):
     """The loss of each epoch, with a step of the optimiser in between."""
     optimizer = torch.optim.Adam([*policy.parameters(), *value.parameters()], lr=1e-2)
     losses = []
-    for _ in range(train.METHODS["ppo"].epochs):
+    for _ in range(epochs):
         loss = train.ppo(policy, batch, 0.25)
         losses.append(loss)
         optimizer.zero_grad()
@@ -80,8 +80,8 @@ def test_the_ratio_is_exactly_1_at_first_and_no_longer_after_a_step(monkeypatch)
     calls = record(monkeypatch, "ppo_policy_loss")
     value_calls = record(monkeypatch, "ppo_value_loss")
     policy, value, *rest = ppo_case()
-    losses = inner_steps(policy, value, batch_of(value, *rest))
-    assert len(losses) == len(calls) == train.PPO_EPOCHS > 1 and losses[0].shape == (32,)
+    losses = inner_steps(policy, value, batch_of(value, *rest), epochs=3)
+    assert len(losses) == len(calls) == 3 and losses[0].shape == (32,)
     assert torch.equal(calls[0][0], calls[0][1])
     assert torch.equal(value_calls[0][0], value_calls[0][1])
     for made in (calls, value_calls):
@@ -114,22 +114,40 @@ def test_only_the_new_logprobs_and_values_carry_gradients(monkeypatch):
                for model in (policy, value) for p in model.parameters())
 
 
-def test_advantages_have_mean_0_and_deviation_1_over_the_tokens_of_responses(monkeypatch):
-    calls = record(monkeypatch, "ppo_policy_loss")
+def test_advantages_have_mean_0_over_the_tokens_of_responses_and_divided_deviation_1(monkeypatch):
+    raw, calls = [], record(monkeypatch, "ppo_policy_loss")
+    advantages_of = una.ppo_advantages
+
+    def recorded(*arguments):
+        raw.append(advantages_of(*arguments)[0].clone())
+        return advantages_of(*arguments)
+    monkeypatch.setattr(una, "ppo_advantages", recorded)
     policy, value, reference, tokens, mask = ppo_case()
-    inner_steps(policy, value, batch_of(value, reference, tokens, mask))
-    advantages, inner = calls[0][2:4]
-    assert torch.equal(inner, mask[:, 1:])
-    assert advantages[inner].mean().item() == pytest.approx(0, abs=1e-6)
-    assert advantages[inner].std().item() == pytest.approx(1, abs=1e-5)
+    for options in ({}, dict(divide=True)):
+        batch = batch_of(value, reference, tokens, mask)
+        with torch.no_grad():
+            train.ppo(policy, batch, 0.25, **options)
+    inner = mask[:, data.PROMPT_TOKENS:]
+    (centred, divided), (of_tokens, _) = (call[2] for call in calls), (a[inner] for a in raw)
+    for advantages in (centred, divided):
+        assert advantages[inner].mean().item() == pytest.approx(0, abs=1e-6)
+    assert all(torch.equal(call[3], inner) for call in calls) and not inner.all()
+    assert torch.allclose(centred[inner], of_tokens - of_tokens.mean(), atol=1e-6)
+    assert divided[inner].std().item() == pytest.approx(1, abs=1e-5)
+    deviation = of_tokens.std().item()
+    assert torch.allclose(divided[inner] * deviation, centred[inner], atol=1e-5)
+    assert abs(deviation - 1) > 0.1                              # so that the two do not agree
 
 
-def test_the_first_losses_are_those_computed_by_hand_one_token_at_a_time():
-    # With ratio 1 and V = V_old nothing is clipped: L = -sum_t A_t (normalised) + 1/2 sum_t A_t^2
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("lam", [1.0, 0.9])
+def test_the_first_losses_are_those_computed_by_hand_one_token_at_a_time(lam, divide, monkeypatch):
+    # With ratio 1 and V = V_old nothing is clipped: L = -sum_t A_t (centred) + 1/2 sum_t A_t^2
     # (raw, as target - V is A).
+    monkeypatch.setattr(train, "PPO_LAMBDA", lam)
     *models, tokens, mask = ppo_case()
     policy, value, reference = (copy.deepcopy(model).double() for model in models)
-    losses = train.ppo(policy, batch_of(value, reference, tokens, mask), 0.25)
+    losses = train.ppo(policy, batch_of(value, reference, tokens, mask), 0.25, divide)
     raw = []
     with torch.no_grad():
         for row, n in zip(tokens, mask.sum(1).tolist()):
@@ -139,11 +157,10 @@ def test_the_first_losses_are_those_computed_by_hand_one_token_at_a_time():
             r = [-0.25 * (pi[t - 1, row[t]] - ref[t - 1, row[t]]).item() for t in range(3, 3 + n)]
             r[-1] += data.reward(row[None, :3], row[None, 3:]).item()
             delta = [r[s] + v[s + 1] - v[s] for s in range(n)]
-            raw.append([sum(train.PPO_LAMBDA ** (s - t) * delta[s] for s in range(t, n))
-                        for t in range(n)])
+            raw.append([sum(lam ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)])
     flat = torch.tensor([a for advantages in raw for a in advantages], dtype=torch.float64)
     for loss, advantages in zip(losses.tolist(), raw):
-        mean, deviation = flat.mean().item(), flat.std().item()
+        mean, deviation = flat.mean().item(), flat.std().item() if divide else 1.0
         expected = sum(-(a - mean) / deviation + a * a / 2 for a in advantages)
         assert loss == pytest.approx(expected, abs=1e-6)
 
@@ -152,7 +169,7 @@ def test_the_value_of_a_token_is_read_before_it(monkeypatch):
     calls = record(monkeypatch, "ppo_value_loss")
     policy, value, reference, tokens, mask = ppo_case()
     rows, last = torch.arange(len(tokens)), 2 + mask.sum(1)
-    inner, seen = mask[:, 1:], []
+    inner, seen = mask[:, data.PROMPT_TOKENS:], []
     for column in (None, last, last - 1):
         changed = tokens.clone()
         if column is not None:
@@ -163,7 +180,8 @@ def test_the_value_of_a_token_is_read_before_it(monkeypatch):
     # no value of the response knows its last token ...
     assert torch.equal(before[inner], after_last[inner])
     # ... but that of it, the one before
-    assert not torch.isclose(before[rows, last - 1], after_earlier[rows, last - 1], atol=1e-4).any()
+    column = last - data.PROMPT_TOKENS
+    assert not torch.isclose(before[rows, column], after_earlier[rows, column], atol=1e-4).any()
     full, blank = value(tokens)[rows, last], value(tokens * 0)[rows, last]
     assert not torch.isclose(full, blank, atol=1e-4).any()
 
