@@ -9,18 +9,25 @@ They stand in order of need, not in the paper's: what a derivation uses comes be
     reward        any real number; explicit r_phi is given (by a judge or a reward model),
                   implicit r_theta is what pi implies
     score         a reward squashed into [0, 1]; explicit s_phi, implicit s_theta
+    sigma(t)      1 / (1 + e^-t), which squashes it
+    beta          the price of a nat of KL, in units of reward
+    f(x) + c      the offset: the part of a reward that depends on the prompt alone
+    Z(x)          E_{y~pi_ref} e^{r/beta}, the normaliser of the best policy pi*
+    B, T, V, Y    examples in a batch, tokens, words of the vocabulary, all responses
 
 Functions are pure, take and return tensors, and know no model. Losses are not reduced: one value
-per example, shape (B,), so that any mixture of feedback in a batch has an honest mean. Arguments
-named ref_* are constants: compute them without gradients. Where the printed equation is wrong,
-the comment says `Printed:` and the code is the corrected one.
+per example, shape (B,), so that any mixture of feedback can be averaged. Arguments named ref_* are
+constants: compute them without gradients. A dagger, Eq. 2†, marks where the paper prints something
+else than what stands here; the README's errata say what, and why.
+
+    python una.py          the paper in three responses, with numbers to check by hand
 """
 import torch
 import torch.nn.functional as F
 
 
-# (B, 1) against (B,) broadcasts to (B, B), and the mean of that is a number which trains something
-# else. So tensors that belong together must have one shape; a plain number fits any.
+# (B, 1) minus (B,) silently becomes (B, B): the wrong loss, with no error. So tensors that belong
+# together must have one shape; a plain number fits any.
 def _alike(**tensors):
     """ValueError, with names and shapes, unless all the tensors have the same shape."""
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if torch.is_tensor(t)}
@@ -29,13 +36,14 @@ def _alike(**tensors):
 
 
 # log pi(y|x). An autoregressive model gives p(token | everything before it), so by the chain rule
-#     log pi(y|x) = sum_t log p(y_t | x, y_<t)       a SUM: the mean is the log of no probability.
+#     log pi(y|x) = sum_t log p(y_t | x, y_<t).
+# A SUM: with the mean in its place, the probabilities of all responses would not add up to 1.
 # The logits at position t come from tokens 0..t, so they predict token t + 1: drop the last logits
 # and the first token. With logits z,
 #     log softmax(z)[k] = z[k] - log sum_j exp z[j],
 # a gather and a logsumexp, with no second tensor of all log-probabilities.
-# Select first, compute then: what stands on prompt or padding, NaN and infinity included, has the
-# gradient 0 exactly (masking the result would make it 0 * NaN), and is never copied to float32.
+# Select first, compute then: prompt and padding get the gradient 0 exactly, even where their logits
+# are NaN (masking the result would make it 0 * NaN), and are never copied to float32.
 def token_logprobs(logits, tokens, response_mask):
     """log p(y_t | x, y_<t) of every response token; arguments as in sequence_logprob.
 
@@ -68,8 +76,7 @@ def sequence_logprob(logits, tokens, response_mask):
 
 # ---------------------------------------------------------------- RLHF (section 2.1)
 # Eq. 1, Bradley-Terry: P(y_w beats y_l) = e^{r_w} / (e^{r_w} + e^{r_l}) = sigma(r_w - r_l).
-# Eq. 2: the likelihood of the judge's choices, as a function of the reward model phi.
-#     (Printed: L(pi_theta), but no policy is in it.)
+# Eq. 2†: the likelihood of the judge's choices, as a function of the reward model phi.
 def reward_model_loss(chosen_reward, rejected_reward):
     """Eq. 2: -log sigma(r_phi(x, y_w) - r_phi(x, y_l)).
 
@@ -79,11 +86,10 @@ def reward_model_loss(chosen_reward, rejected_reward):
     return -F.logsigmoid(chosen_reward - rejected_reward)
 
 
-# Eq. 3: pi* = argmax_pi E_x J(x) with
+# Eq. 3†: pi* = argmax_pi E_x J(x) with
 #         J(x) = E_{y~pi} r(x, y) - beta KL(pi || pi_ref) = sum_y pi (r - beta log pi/pi_ref).
-#     (Printed: max, which is a number, for argmax, which is a policy.)
 #     Where all responses can be listed, J is exact. Those that pi never gives are taken out twice:
-#     of the sum, and of the log-probabilities, or else 0 * inf in the gradient would make it NaN.
+#     from the sum, and from the log-probabilities, or else 0 * inf would make the gradient NaN.
 def rlhf_objective(logprobs, ref_logprobs, rewards, beta):
     """Eq. 3: J(x), exact. All (..., Y) over every response; logprobs in nats.
 
@@ -99,26 +105,29 @@ def rlhf_objective(logprobs, ref_logprobs, rewards, beta):
 # ---------------------------------------------------------------- the optimum (sections 3, A, B)
 # Eq. 14, the log-sum inequality: for a_i >= 0, b_i > 0 with sums a, b,
 #         sum_i a_i log(a_i/b_i)  >=  a log(a/b),     equal if and only if all a_i/b_i are the same.
-#     Proof. phi(t) = t log t is convex, phi'' = 1/t > 0. Jensen (Eq. 21) with weights b_i/b at the
-#     points a_i/b_i (Eq. 22):
-#         sum_i a_i log(a_i/b_i) = b sum_i (b_i/b) phi(a_i/b_i)
-#                               >= b phi(sum_i a_i/b) = a log(a/b).
-# Eq. 15: write J(x) as one such sum. For any f(x), subtract it from r inside the log and add it
+#     Proof. h(t) = t log t, with h(0) = 0, is strictly convex: h'' = 1/t > 0. Jensen (Eq. 21) with
+#     weights b_i/b at the points a_i/b_i (Eq. 22), an equality only if these are all the same:
+#         sum_i a_i log(a_i/b_i) = b sum_i (b_i/b) h(a_i/b_i)
+#                               >= b h(sum_i a_i/b) = a log(a/b).
+# Eq. 15†: write J(x) as one such sum. For any f(x), subtract it from r inside the log and add it
 #     back outside:
 #         J(x) = -beta sum_y pi log( pi / (pi_ref e^{(r-f)/beta}) ) + f(x).
-# Eq. 16: the inequality with a_y = pi (so a = 1) and b_y = pi_ref e^{(r-f)/beta} (so b = Z_f)
-#     bounds J for every policy:
+# Eq. 16: the inequality with a_y = pi (so a = 1) and b_y = pi_ref e^{(r-f)/beta} (so b = Z_f) says
+#     that the sum is at least log(1/Z_f). Times -beta, that bounds J for every policy:
 #         J(x)  <=  beta log Z_f(x) + f(x),
 #         Z_f(x) = E_{y~pi_ref} e^{(r-f)/beta} = Z(x) e^{-f(x)/beta},
 #     that is J(x) <= beta log Z(x): f cancels, the bound is the same whichever f one takes.
-# Eq. 17: it is reached if and only if pi / (pi_ref e^{(r-f)/beta}) = 1/lambda for all y. As pi
-#     sums to 1, lambda = Z_f(x). (Printed: lambda is a constant. It depends on x.) With f = 0 this
-#     is Eq. 4 and 20: pi* = pi_ref e^{r/beta} / Z(x).
-# Eq. 19: the value there is beta log lambda(x) + f(x) = beta log Z(x).
-#     (Printed: beta log lambda outside of E_x.)
-# Larger beta, smaller KL: beta -> infinity gives pi_ref, beta -> 0 the best response.
+# Eq. 17†: it is reached if and only if pi / (pi_ref e^{(r-f)/beta}) = 1/lambda for all y. As pi
+#     sums to 1, lambda = Z_f(x), another number for each prompt. With f = 0 this is Eq. 4† and 20†:
+#         pi* = pi_ref e^{r/beta} / Z(x).
+# Eq. 19†: the value there is beta log lambda(x) + f(x) = beta log Z(x).
+# Larger beta, smaller KL. Let 1 and 2 be the optima of b_1 < b_2, with rewards R and KLs K. Neither
+#     is beaten by the other at its own beta:
+#         R_1 - b_1 K_1 >= R_2 - b_1 K_2,     R_2 - b_2 K_2 >= R_1 - b_2 K_1.
+#     Add them: (b_2 - b_1) (K_1 - K_2) >= 0. beta -> infinity gives pi_ref, beta -> 0 the best
+#     response.
 def optimal_policy(ref_logprobs, rewards, beta):
-    """Eq. 4, 16, 19: the policy that maximises Eq. 3, and the maximum.
+    """Eq. 4, 17, 20: the policy that maximises Eq. 3; and Eq. 16, 19: the maximum.
 
     ref_logprobs, rewards (..., Y) over every response. Returns log pi* (..., Y) in nats and
     beta log Z(x) (...) in units of reward. ValueError unless beta > 0.
@@ -130,37 +139,15 @@ def optimal_policy(ref_logprobs, rewards, beta):
     return tilted - log_z[..., None], beta * log_z
 
 
-# From samples. Z(x) is a mean under pi_ref, so N responses of pi_ref estimate it without bias:
-#         Z^ = 1/N sum_i e^{r_i/beta},     E Z^ = Z.
-#     Its logarithm is too small on average, E beta log Z^ <= beta log Z, by Jensen: log is concave.
-#     The error falls as 1/sqrt(N). Where the best responses are rarer than 1 in N it sees none of
-#     them: max r - beta log N <= beta log Z^ <= max r, over the N. beta -> infinity gives their
-#     mean reward, beta -> 0 the largest.
-# Known: A*-PO (Brantley et al. 2025) and RPO (Faye et al. 2025) regress on r less this estimate.
-def estimated_offset(rewards, beta):
-    """Eq. 4, 19 from samples: beta log Z(x), which is f(x) + c by Eq. 18, of N responses of pi_ref.
-
-    rewards (..., N), N >= 1. Returns (...), in units of reward: beta log mean e^{r/beta}.
-    ValueError unless beta > 0 and N >= 1.
-    """
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if rewards.shape[-1] == 0:
-        raise ValueError("an offset is estimated from at least one response")
-    count = rewards.new_tensor(rewards.shape[-1])
-    return beta * ((rewards / beta).logsumexp(-1) - count.log())
-
-
 # ---------------------------------------------------------------- the implicit reward (2.3 and 3)
-# Eq. 18: solve Eq. 17 for the reward. The policy pi is optimal for exactly the rewards
-#         r(x, y) = beta log pi/pi_ref + f(x) + c,     c = beta log lambda(x),
-#     hence f(x) + c = beta log Z(x). (Printed: c is a constant. It depends on x, as lambda does,
-#     and only the sum f(x) + c is determined.)
-# Eq. 6 reads this backwards: a policy in training IS a reward model, and aligning it is regressing
-#     its reward on a given one. f = c = 0 is not a simplification but a condition: it is exact if
-#     and only if Z(x) = 1 for every x. (Printed: "f(x) = c = 0 refers that implicit and explicit
-#     reward models are exactly the same"; and, for infinitely many responses, f(x) > max r, which
-#     makes Z_f < 1 and so c < 0: it contradicts f = c = 0.)
+# Eq. 18†: solve Eq. 17 for the reward. Given pi, it is optimal for the rewards
+#         r(x, y) = beta log pi/pi_ref + f(x) + c,     c = beta log lambda(x) = beta log Z_f(x),
+#     with any f(x) + c, and for no others. Given r as well, the sum is determined: c depends on x,
+#     as lambda does, and since Z_f = Z e^{-f/beta} (Eq. 16),
+#         f(x) + c = f(x) + beta log Z(x) - f(x) = beta log Z(x).
+# Eq. 6† reads this backwards: a policy in training IS a reward model, and aligning it is regressing
+#     its reward on a given one. f = c = 0 is not a simplification but a condition: the two rewards
+#     can be the same only if Z(x) = 1 for every x.
 def implicit_reward(logprob, ref_logprob, beta, offset=0.0):
     """Eq. 6: beta log pi/pi_ref + f(x) + c.
 
@@ -177,26 +164,49 @@ def implicit_reward(logprob, ref_logprob, beta, offset=0.0):
     return reward
 
 
-# Eq. 8. By Eq. 1, s(x, y) is the chance that y beats a response of reward 0.
-#     (Printed: without f(x) + c.)
+# That offset from samples. Z(x) is a mean under pi_ref, so N responses of pi_ref to the same x
+#     estimate it without bias:
+#         Z^ = 1/N sum_i e^{r_i/beta},     E Z^ = Z.
+#     Of scores, r = log s/(1-s). Its logarithm is too small on average, E beta log Z^ <=
+#     beta log Z, by Jensen: log is concave. The error falls as 1/sqrt(N). Where the responses that
+#     pi* likes are rarer than 1 in N, none of them may be there to see:
+#         max r - beta log N <= beta log Z^ <= max r, over the N.
+#     beta -> infinity gives the mean of their rewards, beta -> 0 the largest.
+# Known: A*-PO (Brantley et al. 2025) and RPO (Faye et al. 2025) regress on r less this estimate.
+def estimated_offset(rewards, beta):
+    """Eq. 4, 19 from samples: beta log Z(x), which is f(x) + c by Eq. 18, of N responses of pi_ref.
+
+    rewards (..., N), N >= 1. Returns (...), in units of reward: beta log mean e^{r/beta}.
+    ValueError unless beta > 0 and N >= 1.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    if rewards.shape[-1] == 0:
+        raise ValueError("an offset is estimated from at least one response")
+    count = rewards.new_tensor(rewards.shape[-1])
+    return beta * ((rewards / beta).logsumexp(-1) - count.log())
+
+
+# Eq. 8†. By Eq. 1, s(x, y) is the chance that y beats a response of reward 0.
 def implicit_score(reward):
     """Eq. 8: sigma(reward). Any shape, to the same shape; unit-free, in [0, 1]."""
     return torch.sigmoid(reward)
 
 
 # ---------------------------------------------------------------- the general loss (2.3 and 2.3.4)
-# Eq. 7, with g the squared error. On fresh samples, y ~ pi, the sampling carries no gradient
-#     (grad E below holds the samples fixed). With b = f(x) + c
-#         grad E_{y~pi} (r_phi - r_theta)^2
-#             = -2 beta E_{y~pi} [ (r_phi - beta rho - b) grad log pi ],
-#     and as E_{y~pi} grad log pi = grad sum_y pi = 0, every b that depends on x alone drops out:
-#         grad J = sum_y grad pi (r_phi - beta rho) - beta sum_y grad pi
-#             = E_{y~pi} [ (r_phi - beta rho) grad log pi ].
-#     So on fresh samples grad L = -2 beta grad J for any offset: Eq. 7 IS the policy gradient of
-#     RLHF, b is its baseline, and Z is never needed. At the optimum r_phi - beta rho =
-#     beta log Z(x) for every y: with that b the residual, and with it the noise of the gradient,
-#     is zero.
-#     On old samples (from pi_ref, say) none of this holds: f = c = 0 leads to pi* only if Z = 1.
+# Eq. 7, with g the squared error, on fresh samples, y ~ pi. Write b = f(x) + c.
+#   1. The samples are held fixed: only the loss has a gradient, not the sampling. So
+#         grad L = -2 beta E_{y~pi} [ (r_phi - beta rho - b) grad log pi ].
+#   2. The score function has mean zero: E_{y~pi} grad log pi = sum_y grad pi = grad 1 = 0. So a b
+#      that depends on x alone drops out of that mean. And Eq. 3 has the gradient
+#         grad J = sum_y grad pi (r_phi - beta rho) - beta sum_y pi grad log pi
+#                = E_{y~pi} [ (r_phi - beta rho) grad log pi ].
+#      Hence grad L = -2 beta grad J, for any b: Eq. 7 IS the policy gradient of RLHF, b is its
+#      baseline, and Z is never needed.
+#   3. What is left of b is the noise. At the optimum r_phi - beta rho = beta log Z(x) for every y.
+#      With that b every single term is zero, not only their mean.
+#     On old samples (from pi_ref, say) 1 and 2 fail: b does not drop out. 3 still holds: with
+#     b = beta log Z every residual is 0 at pi*. With b = 0 that is so only if Z = 1.
 def una_reward_loss(implicit, explicit_reward):
     """Eq. 7: (r_phi - r_theta)^2.
 
@@ -207,18 +217,16 @@ def una_reward_loss(implicit, explicit_reward):
     return (explicit_reward - implicit) ** 2
 
 
-# Eq. 9 compares scores. (Printed: "equivalent" to Eq. 7. It is not: the slope of sigma weighs the
-#     residuals, so that even on fresh samples its gradient is not grad J. Section 2.3.4 cites
-#     Eq. 13 for the online loss; it means Eq. 9.)
-# Eq. 13 is the same loss on stored scores.
-#     (Printed: with a minus, which would drive the scores apart.)
-# What each g does at r_theta = r, for a score s_phi, from ds_theta/dr = s (1 - s):
+# Eq. 9† compares scores. The slope of sigma weighs the residuals, so that even on fresh samples its
+#     gradient is not grad J: it is another loss than Eq. 7.
+# Eq. 13† is the same loss on stored scores.
+# What each g does at r_theta = r, s = sigma(r), for a score s_phi, from ds/dr = s (1 - s):
 #         mse  dL/dr = 2 (s - s_phi) s (1 - s)     at r = 0: (1/2 - s_phi) / 2; fades where |r| is
 #                                                  large, right or wrong
-#         bce  dL/dr = s - s_phi                   never fades; has the minimiser of mse,
-#                                                  r = log s_phi / (1 - s_phi)
-#         mae  dL/dr = sign(s - s_phi) s (1 - s)   smallest at the median of the scores at (x, y),
-#                                                  not at their mean
+#         bce  dL/dr = s - s_phi                   does not fade while wrong; has the minimiser of
+#                                                  mse, r = log(s_phi / (1 - s_phi))
+#         mae  dL/dr = sign(s - s_phi) s (1 - s)   smallest at the median of the scores at (x, y)
+#                                                  (of labels: at the majority), not at their mean
 def una_score_loss(implicit, explicit_score, g="mse"):
     """Eq. 9, 13: g(s_phi, s_theta) with s_theta = sigma(r_theta), Eq. 8.
 
@@ -243,10 +251,8 @@ def una_score_loss(implicit, explicit_score, g="mse"):
 
 
 # ---------------------------------------------------------------- pairs (section 2.3.1)
-# Eq. 10 is Eq. 2 with the implicit reward in place of the explicit one. As both responses answer
+# Eq. 10† is Eq. 2 with the implicit reward in place of the explicit one. As both responses answer
 #     the same x, f(x) + c cancels in the difference.
-#     (Printed: -E (r_w - r_l), linear and so unbounded below; "equivalent to DPO" is said of it
-#     with log sigma around the difference, which is what stands here.)
 def una_pair_loss(chosen_reward, rejected_reward):
     """Eq. 10 with log sigma: -log sigma(r_theta(x, y_w) - r_theta(x, y_l)).
 
@@ -258,10 +264,8 @@ def una_pair_loss(chosen_reward, rejected_reward):
 
 # ---------------------------------------------------------------- binary feedback (section 2.3.2)
 # The judge's thumb up is the label 1, thumb down the label 0. Labels are scores, and Eq. 9 is then
-# Eq. 11 (mse): (s_theta - 1)^2 or (s_theta - 0)^2.
-#     (Printed: with a leading minus, which would unlearn the labels.)
-# Eq. 12 (bce): -[ y log s_theta + (1 - y) log(1 - s_theta) ].
-#     (Printed: its first line has a minus too many.)
+# Eq. 11† (mse): (s_theta - 1)^2 or (s_theta - 0)^2.
+# Eq. 12† (bce): -[ label log s_theta + (1 - label) log(1 - s_theta) ].
 def una_binary_loss(implicit, label, g="mse"):
     """Eq. 11 (g="mse"), Eq. 12 (g="bce"); g="mae" is KTO's, see there.
 
@@ -280,9 +284,8 @@ def una_binary_loss(implicit, label, g="mse"):
 # DPO and KTO, each from its own paper. They share nothing with the functions above, down to the
 # checks, so that tests which compare them compare two derivations.
 
-# Eq. 5, DPO (Rafailov et al. 2023, their Eq. 7). Put Eq. 4, r = beta log pi/pi_ref + beta log Z(x),
-#     into Eq. 2: Z cancels. (Printed: its first line has r_phi where r_theta is meant.)
-#     It is Eq. 10, value and gradient.
+# Eq. 5†, DPO (Rafailov et al. 2023, their Eq. 7). Put Eq. 4, r = beta log pi/pi_ref + beta log Z,
+#     into Eq. 2: Z cancels. It is Eq. 10, value and gradient.
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """Eq. 5: -log sigma(beta log pi/pi_ref(y_w|x) - beta log pi/pi_ref(y_l|x)).
 
@@ -297,19 +300,20 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 
 # KTO (Ethayarajh et al. 2024) values an outcome against a reference point z_0, an estimate of
-# KL(pi || pi_ref) from mismatched pairs (x_i, y_j), clamped at 0 and held constant:
+# KL(pi || pi_ref) from mismatched pairs (x_i, y_j), i != j, clamped at 0 and held constant (biased,
+# since y_j answers another prompt):
 #     v = lambda_D sigma(beta (rho - z_0)) if desirable, lambda_U sigma(beta (z_0 - rho)) if not,
 #     L = lambda_y - v.
 # As 1 - sigma(t) = sigma(-t), for lambda = 1 that is |label - sigma(beta rho - beta z_0)|: UNA's
-# binary loss with the absolute error for g and f(x) + c = -beta z_0.
-# (Printed: KTO estimates Z(x). z_0 estimates a KL, not beta log Z.)
+# binary loss with the absolute error for g and f(x) + c = -beta z_0, a KL† and not beta log Z.
 def kto_loss(policy, ref, label, policy_kl, ref_kl, beta,
              desirable_weight=1.0, undesirable_weight=1.0):
     """KTO, from its own paper: lambda_y - v(x, y).
 
     policy, ref (B,): log-probabilities of the judged responses; label (B,) bool, int or float,
     1 = desirable. policy_kl, ref_kl (K,), K >= 1: log-probabilities of mismatched pairs; no
-    gradient flows through them. All in nats. Returns (B,), unit-free; 1/2 where pi is pi_ref.
+    gradient flows through them. All in nats. Returns (B,), unit-free; half the weight where pi is
+    pi_ref on both.
     ValueError if the shapes of one kind differ, for a label other than 0 and 1, or if K = 0.
     """
     for shapes in ([tuple(t.shape) for t in (policy, ref, label)],
@@ -329,14 +333,14 @@ def kto_loss(policy, ref, label, policy_kl, ref_kl, beta,
 
 
 # ---------------------------------------------------------------- PPO, RLHF's usual optimiser
-# PPO (Schulman et al. 2017) climbs Eq. 3, as RLHF does. It is what UNA would replace, no UNA, and
-# shares no equation with UNA's losses. A response is an episode, a token an action. (B, T) below
+# PPO (Schulman et al. 2017) climbs Eq. 3, as RLHF does. It is what UNA would replace, and shares no
+# equation with UNA's losses. A response is an episode, a token an action. (B, T) below
 # are tokens in order, mask True on the response's, so that log-probability, value and reward of a
 # token stand in one column. What stands off the mask, NaN and infinity included, is made 0 before
 # anything is computed from it: it moves no value, and its gradient is 0.
 
-# Token rewards: -beta log pi/pi_ref(y_t) for each token, and r_phi on the
-# last. They add up to r_phi - beta rho, whose mean over samples of pi is J.
+# Token rewards: -beta log pi/pi_ref(y_t) for each token, and r_phi on the last. They add up to
+# r_phi - beta rho, whose mean over samples of pi is J.
 def ppo_token_rewards(reward, logprobs, ref_logprobs, mask, beta):
     """RLHF's reward of each token (Ziegler et al. 2019).
 
@@ -355,7 +359,7 @@ def ppo_token_rewards(reward, logprobs, ref_logprobs, mask, beta):
 #     delta_t = r_t + V_{t+1} - V_t,     with V = 0 behind the last token,
 # summed with weights lambda^k:  A_t = sum_k lambda^k delta_{t+k} = delta_t + lambda A_{t+1}.
 # lambda = 1 gives the rewards still to come minus V_t, unbiased; lambda = 0 trusts the value
-# model: delta_t. A hole in the mask would pass for time, lambda a column, and for a value of 0.
+# model: delta_t. A gap inside a response would count as a step of time whose value is 0.
 def ppo_advantages(rewards, values, mask, lam):
     """Advantages A_t (Schulman et al. 2016) and the values' targets A_t + V_t.
 
@@ -413,3 +417,35 @@ def ppo_value_loss(values, old_values, targets, mask, clip):
     held = old_values + (values - old_values).clamp(-clip, clip)
     error = torch.maximum((values - targets) ** 2, (held - targets) ** 2)
     return 0.5 * error.sum(1)
+
+
+# ---------------------------------------------------------------- the paper in three responses
+if __name__ == "__main__":
+    def show(name, values, note=""):
+        print(f"{name:<29}" + "".join(f"{value:8.3f}" for value in values) + f"    {note}".rstrip())
+
+    beta, rewards = 0.5, torch.tensor([-1.0, 0.0, 1.0]).double()
+    ref = torch.tensor([0.5, 0.3, 0.2]).double().log()
+    best, offset = optimal_policy(ref, rewards, beta)
+    print(f"One prompt, three responses, beta = {beta}:")
+    show("pi_ref", ref.exp())
+    show("r, given", rewards)
+    show("pi_ref e^{r/beta}", (ref + rewards / beta).exp(), f"sum: Z = {(offset / beta).exp():.3f}")
+    show("pi*: divided by Z", best.exp(), f"Eq. 4; beta log Z = {offset:.3f}")
+    show("beta log pi_ref/pi_ref", implicit_reward(ref, ref, beta), "Eq. 6: all alike")
+    show("beta log pi*/pi_ref", implicit_reward(best, ref, beta), "off r by beta log Z")
+    show("... + f + c = beta log Z", implicit_reward(best, ref, beta, offset), "Eq. 18: r itself")
+    print("\nLarger beta, smaller KL:         E r      KL   J = E r - 0.5 KL, Eq. 3")
+    for b in (0.25, 0.5, 1.0):
+        policy, _ = optimal_policy(ref, rewards, b)
+        mean, kl = (policy.exp() * rewards).sum(), (policy.exp() * (policy - ref)).sum()
+        show(f"pi* of beta = {b}", (mean, kl, rlhf_objective(policy, ref, rewards, beta)))
+    print("\nLosses of the third response:  pi_ref     pi*   pi* with f + c = beta log Z")
+    policies = [implicit_reward(*of) for of in ((ref, ref, beta), (best, ref, beta),
+                                                (best, ref, beta, offset))]
+    up, score = torch.ones(1).double(), rewards[2:].sigmoid()
+    show("preferred to the first: DPO", [una_pair_loss(r[2:], r[:1]).item() for r in policies])
+    for g, name in (("bce", ""), ("mse", ""), ("mae", "KTO, with z_0 = 0: no offset")):
+        show(f"label 1, {g}", [una_binary_loss(r[2:], up, g).item() for r in policies], name)
+    show("score sigma(1), mse", [una_score_loss(r[2:], score).item() for r in policies])
+    show("reward 1", [una_reward_loss(r[2:], rewards[2:]).item() for r in policies])

@@ -8,6 +8,8 @@ the nearest wrong version must fail the same comparison.
 import ast
 import inspect
 import math
+import re
+import runpy
 from itertools import product
 
 import pytest
@@ -1033,6 +1035,19 @@ def test_eq22_each_line_of_the_proof_of_the_log_sum_inequality():
 
 # ---------------------------------------------------------------- as printed
 
+def test_printed_eq04_with_the_implicit_reward_in_Z_any_Z_fits():
+    # Printed: r_theta = beta log pi/pi_ref + beta log Z with Z = E_ref e^{r_theta/beta}. For any
+    # policy that is so with any Z; only the given reward's Z makes the reward the given one.
+    (ref, rewards), beta = world(182), 0.4
+    policy = world(183)[0]
+    for log_z in (-3.0, 0.0, 5.0):
+        implied = implicit_reward(policy, ref, beta, beta * torch.full((3, 6), log_z).double())
+        assert close((ref + implied / beta).logsumexp(-1), log_z)
+    best, value = optimal_policy(ref, rewards, beta)
+    given = lambda offset: implicit_reward(best, ref, beta, offset[:, None].expand(3, 6))
+    assert close(given(value), rewards) and not close(given(value + 0.01), rewards, tol=1e-3)
+
+
 def test_printed_eq06_f_and_c_zero_misses_the_optimum_by_a_computable_amount():
     # On samples of pi_ref minimise sum_y pi_ref (beta u - r)^2 over u = log pi/pi_ref, subject to
     # sum_y pi_ref e^u = 1. Lagrange: beta u + kappa e^u = r, with kappa from the constraint
@@ -1187,6 +1202,44 @@ def test_meta_every_public_function_has_a_docstring():
               if f.__module__ == "una" and name[0] != "_"]
     assert len(public) == len([name for name in FUNCTIONS if name[0] != "_"]) >= 12
     assert all(len(inspect.getdoc(function) or "") > 40 for function in public)
+
+
+def test_meta_the_paper_in_three_responses_prints_what_a_calculator_says(capsys):
+    runpy.run_path(una.__file__, run_name="__main__")
+    rows = {line[:29].strip(): [float(x) for x in re.findall(r"-?\d+\.\d{3}", line[29:])]
+            for line in capsys.readouterr().out.splitlines()}
+    p, r, beta = [0.5, 0.3, 0.2], [-1.0, 0.0, 1.0], 0.5
+    tilted = [p_y * math.exp(r_y / beta) for p_y, r_y in zip(p, r)]
+    z = sum(tilted)
+    best = [t / z for t in tilted]
+    theta = [beta * math.log(b / p_y) for b, p_y in zip(best, p)]
+    shifted = [x + beta * math.log(z) for x in theta]
+
+    def sigma(x):
+        return 1 / (1 + math.exp(-x))
+
+    expected = {
+        "pi_ref": p, "r, given": r, "pi_ref e^{r/beta}": [*tilted, z],
+        "pi*: divided by Z": [*best, beta * math.log(z)], "beta log pi_ref/pi_ref": [0, 0, 0],
+        "beta log pi*/pi_ref": theta, "... + f + c = beta log Z": r,
+        "preferred to the first: DPO": [-math.log(sigma(x[2] - x[0]))
+                                        for x in ([0] * 3, theta, shifted)],
+        "label 1, bce": [-math.log(sigma(x)) for x in (0, theta[2], shifted[2])],
+        "label 1, mse": [(1 - sigma(x)) ** 2 for x in (0, theta[2], shifted[2])],
+        "label 1, mae": [1 - sigma(x) for x in (0, theta[2], shifted[2])],
+        "score sigma(1), mse": [(sigma(1) - sigma(x)) ** 2 for x in (0, theta[2], shifted[2])],
+        "reward 1": [(1 - x) ** 2 for x in (0, theta[2], shifted[2])]}
+    for b in (0.25, 0.5, 1.0):
+        weights = [p_y * math.exp(r_y / b) for p_y, r_y in zip(p, r)]
+        policy = [w / sum(weights) for w in weights]
+        mean = sum(q * r_y for q, r_y in zip(policy, r))
+        kl = sum(q * math.log(q / p_y) for q, p_y in zip(policy, p))
+        expected[f"pi* of beta = {b}"] = [mean, kl, mean - beta * kl]
+    for name, values in expected.items():
+        assert rows[name] == pytest.approx(values, abs=6e-4), name
+    assert rows["label 1, mse"][0] == 1 / 4 and rows["label 1, mae"][0] == 1 / 2
+    kls = [rows[f"pi* of beta = {b}"][1] for b in (0.25, 0.5, 1.0)]
+    assert kls[0] > kls[1] > kls[2]                              # larger beta, smaller KL
 
 
 def test_meta_una_imports_only_torch():
