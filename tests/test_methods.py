@@ -2,8 +2,8 @@
 
 test_map_<method>_... writes a method's loss as its own paper has it and finds it again in una.py,
 value and gradient; the nearest wrong versions must fail the same comparison. Log-probabilities are
-of B responses or pairs, at random. The other tests: numbers of an independent implementation, more
-exact relations, what all losses share, KTO.
+of B responses or pairs, or of K responses to each of X prompts, at random. The other tests: numbers
+of an independent implementation, more exact relations, what all losses share, KTO.
 """
 import math
 
@@ -15,6 +15,7 @@ import goldens
 from helpers import close, gradient, normals
 from una import (
     dpo_loss,
+    estimated_offset,
     implicit_reward,
     implicit_score,
     kto_loss,
@@ -324,6 +325,179 @@ def test_map_qrpo_offset_is_the_beta_log_Z_of_eq19():
     assert una_reward_loss(implicit_reward(best, ref, beta, offset), quantiles).max() < 1e-15
 
 
+def test_map_a_star_po_and_rpo_are_the_reward_loss_with_the_estimated_offset():
+    # Brantley et al. 2025: V = beta_1 log of the mean of e^{r/beta_1} over N responses of pi_ref,
+    # then (beta_2 rho - (r - V))^2 on fresh ones, where V is a baseline. Faye et al. 2025, stored:
+    # (r - V - tau rho)^2, V of the very responses that are learned from, and no mere baseline.
+    policy, ref, rewards = normals(70)(3, 4, 5)   # of four prompts, five responses each
+    earlier = normals(71)(4, 7)                   # rewards of seven others to each prompt
+    V_of = lambda given, beta: beta * torch.log(torch.exp(given / beta).mean(1, keepdim=True))
+    a_star_po = lambda p: (0.3 * (p - ref) - (rewards - V_of(earlier, 0.5))) ** 2
+    rpo = lambda p: (rewards - V_of(rewards, 0.3) - 0.3 * (p - ref)) ** 2
+    una = lambda p, offset: una_reward_loss(implicit_reward(p, ref, 0.3, offset), rewards)
+    for paper, given, beta in ((a_star_po, earlier, 0.5), (rpo, rewards, 0.3)):
+        V = estimated_offset(given, beta)[:, None]
+        assert same(lambda p: una(p, V), paper, policy)
+        # No offset, one without beta, another prompt's, a sum for the mean, the mean reward.
+        for wrong in (0.0, V / beta, V.flip(0), V + beta * math.log(given.shape[1]),
+                      given.mean(1, keepdim=True)):
+            assert not same(lambda p: una(p, wrong), paper, policy)
+
+
+def test_map_kimi_is_the_reward_loss_with_the_last_policy_for_its_reference():
+    # Kimi team 2025: (r - tau log Z - tau log pi/pi_i)^2 on k responses of the last policy pi_i,
+    # tau log Z by the mean of e^{r/tau} over the k. In practice the mean reward stands for it.
+    policy, last, ref, rewards = normals(72)(4, 4, 5)
+    tau, V = 0.3, estimated_offset(rewards, 0.3)[:, None]
+    log_Z = torch.log(torch.exp(rewards / tau).mean(1, keepdim=True))
+    paper = lambda p: (rewards - tau * log_Z - tau * (p - last)) ** 2
+    una = lambda p, ref, offset: una_reward_loss(implicit_reward(p, ref, tau, offset), rewards)
+    assert same(lambda p: una(p, last, V), paper, policy)
+    assert not same(lambda p: una(p, ref, V), paper, policy)                         # pi_ref
+    assert not same(lambda p: una(p, last, rewards.mean(1, keepdim=True)), paper, policy)
+    # So pi_ref is forgotten: a round starts with the gradient of the reward alone, without a KL,
+    # and ends, if the five responses are all there are, at pi_i e^{r/tau} / Z.
+    assert close(gradient(paper, last), -2 * tau * (rewards - V))
+    best, value = optimal_policy(last.log_softmax(-1), rewards, tau)
+    assert close(una(best, last.log_softmax(-1), value[:, None]), 0.0)
+    assert not close(una(best, ref.log_softmax(-1), value[:, None]), 0.0)
+
+
+def test_map_dro_is_half_the_reward_loss_with_a_learned_offset():
+    # Richemond et al. 2024: (r - V(x) - tau rho)^2 / 2, V learned beside the policy. With the
+    # residual e = r - V - tau rho, the slope is -tau e by log pi and -sum e by V(x).
+    policy, ref, rewards = normals(73)(3, 4, 5)
+    V, tau = normals(74)(4, 1), 0.3
+    paper = lambda p, V: 0.5 * (rewards - V - tau * (p - ref)) ** 2
+    una = lambda p, V: una_reward_loss(implicit_reward(p, ref, tau, V), rewards) / 2
+    assert same(lambda p: una(p, V), lambda p: paper(p, V), policy)
+    assert same(lambda V: una(policy, V), lambda V: paper(policy, V), V)
+    assert not same(lambda p: una(p, tau * V), lambda p: paper(p, V), policy)   # V is a reward
+    assert not same(lambda p: una(p, -V), lambda p: paper(p, V), policy)        # its sign
+    # The policy's part alone, -(A rho - tau/2 rho^2) with A = r - V held, is the loss over tau less
+    # what does not depend on pi. V would learn something else from it.
+    alone = lambda p, V: tau / 2 * (p - ref) ** 2 - (rewards - V) * (p - ref)
+    residual = rewards - V - tau * (policy - ref)
+    by_policy = lambda loss: gradient(lambda p: loss(p, V), policy)
+    by_V = lambda loss: gradient(lambda V: loss(policy, V), V)
+    assert close(by_policy(una), -tau * residual)
+    assert close(by_policy(una), tau * by_policy(alone))
+    assert close(by_V(una), -residual.sum(1, keepdim=True))
+    assert not close(by_V(una), tau * by_V(alone))
+
+
+def nca_paper(t, rewards, alpha):
+    """Chen et al. 2024: -sum_i [w_i log sigma(t_i) + 1/K log sigma(-t_i)], w = softmax(r/alpha).
+
+    t = log pi/pi_ref and rewards (X, K), of K responses to each of X prompts. Returns (X,). As
+    elsewhere, -log sigma(t) = log(1 + e^-t).
+    """
+    w = torch.exp(rewards / alpha) / torch.exp(rewards / alpha).sum(1, keepdim=True)
+    return (w * torch.log(1 + torch.exp(-t)) + torch.log(1 + torch.exp(t)) / t.shape[1]).sum(1)
+
+
+def test_map_nca_is_the_weighted_score_loss_with_cross_entropy_and_the_offset_in_its_label():
+    # K w_i = e^{r_i/alpha} / Z^, Z^ the mean over the K. So term i is cross-entropy of weight
+    # w_i + 1/K, label w_i/(w_i + 1/K) = 1/(1 + 1/(K w_i)) = sigma(r_i/alpha - log Z^).
+    (policy, ref, rewards), alpha = normals(75)(3, 4, 5), 0.4
+    log_Z = estimated_offset(rewards, alpha)[:, None] / alpha
+    label, w = torch.sigmoid(rewards / alpha - log_Z), (rewards / alpha).softmax(1)
+
+    def una(p, label=label, weight=w + 1 / 5, g="bce"):
+        return (weight * una_score_loss(implicit_reward(p, ref, 1.0), label, g)).sum(1)
+
+    paper = lambda p: nca_paper(p - ref, rewards, alpha)
+    assert same(una, paper, policy)
+    assert not same(lambda p: una(p, label=w), paper, policy)            # the weight is no label
+    assert not same(lambda p: una(p, label=torch.sigmoid(rewards / alpha)), paper, policy)  # no Z
+    assert not same(lambda p: una(p, weight=2 / 5), paper, policy)       # all alike, with their sum
+    assert not same(lambda p: una(p, g="mse"), paper, policy)
+
+
+def test_map_nca_is_smallest_where_una_score_with_the_estimated_offset_is():
+    # At t = r/alpha - log Z^, where alpha t + alpha log Z^ = r: r_theta = r. That is all they
+    # share: the ratio of their slopes elsewhere is another one for each response.
+    (policy, ref, rewards), alpha = normals(75)(3, 4, 5), 0.4
+    V = estimated_offset(rewards, alpha)[:, None]
+    nca = lambda p: nca_paper(p - ref, rewards, alpha)
+    score = lambda g, offset=V: lambda p: una_score_loss(
+        implicit_reward(p, ref, alpha, offset), torch.sigmoid(rewards), g)
+    best = ref + (rewards - V) / alpha
+    assert close(gradient(nca, best), 0.0) and not close(gradient(nca, best + V / alpha), 0.0)
+    for g in ("mse", "bce"):
+        assert close(gradient(score(g), best), 0.0)
+        assert not close(gradient(score(g, 0.0), best), 0.0)
+        ratio = gradient(nca, policy) / gradient(score(g), policy)
+        assert (ratio > 0).all() and ratio.max() > 2 * ratio.min()
+
+
+def info_nca_paper(t, w):
+    """Chen et al. 2024: -sum_i w_i log softmax(t)_i; t and w (X, K). Returns (X,)."""
+    return -(w * torch.log(t.exp() / t.exp().sum(1, keepdim=True))).sum(1)
+
+
+def test_map_info_nca_cancels_the_offset_and_nca_does_not():
+    # softmax(t + b) = softmax(t). So t = r/alpha + any b(x) is best, and no Z^ is needed.
+    (policy, ref, rewards), alpha = normals(76)(3, 4, 5), 0.4
+    b, w = normals(77)(4, 1), (rewards / alpha).softmax(1)
+    for loss, cancels in ((lambda t: info_nca_paper(t, w), True),
+                          (lambda t: nca_paper(t, rewards, alpha), False)):
+        shifted = lambda p: loss(implicit_reward(p, ref, 1.0, offset=b))
+        assert same(shifted, lambda p: loss(p - ref), policy) == cancels
+        assert close(gradient(loss, rewards / alpha + b), 0.0) == cancels
+
+
+def test_map_info_nca_of_two_responses_is_dpo_with_a_soft_label():
+    # softmax(t)_1 = sigma(t_1 - t_2), and w_1 = sigma((r_1 - r_2)/alpha): the score loss of the
+    # margin, with cross-entropy. alpha -> 0 makes the label 1 if the first is better, else 0: with
+    # t = beta rho that is DPO.
+    (policy, ref, rewards), beta, alpha = normals(78)(3, 2, 20), 0.3, 0.4
+
+    def paper(p, alpha):
+        return info_nca_paper(beta * (p - ref).T, (rewards / alpha).softmax(0).T)
+
+    def una(p, label):
+        reward = implicit_reward(p, ref, beta, offset=0.8)
+        return una_score_loss(reward[0] - reward[1], label, "bce")
+
+    soft = torch.sigmoid((rewards[0] - rewards[1]) / alpha)
+    won = rewards.argsort(0, descending=True)                    # the better one of each pair first
+    dpo = lambda p: dpo_loss(*p.gather(0, won), *ref.gather(0, won), beta)
+    assert same(lambda p: una(p, soft), lambda p: paper(p, alpha), policy)
+    for wrong in (soft.round(), (rewards[0] / alpha).sigmoid(), 1 - soft):
+        assert not same(lambda p: una(p, wrong), lambda p: paper(p, alpha), policy)
+    assert same(dpo, lambda p: paper(p, 1e-4), policy)
+    assert not same(dpo, lambda p: paper(p, alpha), policy)
+
+
+def test_map_pro_is_the_pair_loss_over_a_population():
+    # Guo et al. 2025: y and y' are drawn alike, y wins with probability P. With r = r_theta and
+    # d = r(y) - r(y'), the cross-entropy of P and sigma(d) is -(P - 1/2) d + that of 1/2, which is
+    # KL(B(1/2) || B(sigma(d))) + log 2. And -E (P - 1/2) (r(y) - r(y')) = -2 E s(y) r(y), with
+    # s(y) = E P(y beats y') - 1/2, as P(y' beats y) = 1 - P. E s = 0: f(x) + c cancels here too.
+    policy, ref, beta = normals(80)(6), normals(81)(6), 0.3
+    odds, mu = normals(82)(6, 6), normals(83)(6).softmax(-1)     # no Bradley-Terry, any sampler
+    P = torch.sigmoid(odds - odds.T)
+    both = mu[:, None] * mu
+
+    def una(p):
+        reward = implicit_reward(p, ref, beta, offset=0.8)
+        first, second = reward[:, None].expand(6, 6), reward.expand(6, 6)
+        return (both * (P * una_pair_loss(first, second)
+                        + (1 - P) * una_pair_loss(second, first))).sum()[None]
+
+    def paper(p, times=2, half=0.5, mu=mu):
+        reward, s = beta * (p - ref), (P * mu).sum(1) - half
+        won = 1 / (1 + torch.exp(reward - reward[:, None]))      # sigma(r(y) - r(y'))
+        KL = 0.5 * torch.log(0.5 / won) + 0.5 * torch.log(0.5 / (1 - won))
+        return (-times * (mu * s * reward).sum() + (both * KL).sum() + math.log(2))[None]
+
+    assert same(una, paper, policy)
+    assert not same(una, lambda p: paper(p, times=1), policy)
+    assert not same(una, lambda p: paper(p, half=0.0), policy)
+    assert not same(una, lambda p: paper(p, mu=torch.full((6,), 1 / 6)), policy)   # other samples
+
+
 def policy_gradient(theta, ref, rewards, beta, y, baseline):
     """REINFORCE for J on samples y, one a prompt: (r - beta rho - baseline) grad log pi.
 
@@ -365,6 +539,85 @@ def test_map_rlhf_policy_gradient_averages_to_the_gradient_of_the_objective():
     assert close(mean(theta.softmax(-1), 0.0), grad_J)
     assert close(mean(theta.softmax(-1), 2.5), grad_J)
     assert not close(mean(ref.exp(), 0.0), grad_J)   # samples of another policy
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_map_rloo_is_the_reward_loss_with_the_others_mean_residual_for_its_offset(n):
+    # Kool et al. 2019, Ahmadian et al. 2024: 1/n sum_i (R_i - mean of the others' R) grad log pi,
+    # R = r - beta rho. The others know nothing of y_i: a baseline. The mean of all n has y_i in it:
+    # R_i - mean = (n - 1)/n (R_i - mean of the others). All 6^n draws, each with its probability.
+    draws, beta = torch.cartesian_prod(*[torch.arange(6)] * n), 0.3
+    theta, ref, rewards = normals(84)(6), normals(85)(6).log_softmax(-1), normals(86)(6)
+    every = lambda table: table.expand(len(draws), 6)            # one row for each draw
+    R = (rewards - beta * (theta.log_softmax(-1) - ref))[draws]
+    own = R.mean(1, keepdim=True).expand_as(R)
+    others = torch.stack([(R.sum(1) - R[:, i]) / (n - 1) for i in range(n)], dim=1)
+
+    def una(t, offset):
+        logprob = t.log_softmax(-1).gather(1, draws)
+        return una_reward_loss(implicit_reward(logprob, ref[draws], beta, offset),
+                               rewards[draws]).mean(1)
+
+    paper = sum(policy_gradient(every(theta), every(ref), every(rewards), beta, draws[:, i],
+                                others[:, i]) for i in range(n)) / n
+    slopes = lambda offset: gradient(lambda t: una(t, offset), every(theta)) / (-2 * beta)
+    assert close(slopes(others), paper) and not close(slopes(own), paper)
+    mean = lambda slopes: (theta.softmax(-1)[draws].prod(1, keepdim=True) * slopes).sum(0)
+    grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, beta), theta)
+    assert close(mean(slopes(others)), grad_J) and not close(mean(slopes(own)), grad_J)
+    assert close(mean(slopes(own)), (n - 1) / n * grad_J)
+
+
+def test_map_vargrad_is_the_reward_loss_with_the_own_mean_residual_for_its_offset():
+    # Richter et al. 2020: half the variance over n samples (over n - 1) of log q/p, here of
+    # log pi/(pi_ref e^{r/beta}) = rho - r/beta. It deviates from its mean by (r_theta - r)/beta if
+    # the offset is the mean residual b of r - beta rho. Residuals less b add up to 0, so that
+    # nothing flows through b. And R_i - b = (n - 1)/n (R_i - mean of the others): RLOO, exactly.
+    policy, ref, rewards = normals(87)(3, 4, 5)
+    beta, n = 0.3, 5
+    paper = lambda p: 0.5 * (p - ref - rewards / beta).var(1)
+    own = lambda R: R.mean(1, keepdim=True)
+    others = lambda R: (R.sum(1, keepdim=True) - R) / (n - 1)
+
+    def una(p, held, mean=own):
+        b = mean(rewards - implicit_reward(p, ref, beta))
+        reward = implicit_reward(p, ref, beta, b.detach() if held else b)
+        return una_reward_loss(reward, rewards).sum(1) / (2 * beta**2 * (n - 1))
+
+    for held in (True, False):
+        assert same(lambda p: una(p, held), paper, policy)
+        assert not same(lambda p: una(p, held, others), paper, policy)
+        assert not same(lambda p: una(p, held, torch.mean), paper, policy)   # one for all prompts
+    R = rewards - beta * (policy - ref)
+    rloo = lambda mean: (R - mean(R)) / n        # by log pi of each sample
+    assert close(gradient(paper, policy), -rloo(others) / beta)
+    assert not close(gradient(paper, policy), -rloo(own) / beta)
+
+
+def test_map_trajectory_balance_is_the_reward_loss_with_a_learned_log_Z():
+    # Malkin et al. 2022, with one way to each response and pi_ref e^{r/beta} for what it is to be
+    # sampled in proportion to (Bartoldson et al. 2025):
+    # (log Z_phi + log pi - log pi_ref - r/beta)^2 = ((beta rho + beta log Z_phi) - r)^2 / beta^2.
+    theta, ref, rewards = normals(88)(4, 6), normals(89)(4, 6).log_softmax(-1), normals(90)(4, 6)
+    log_Z, beta = normals(91)(4, 1), 0.3
+    paper = lambda t, z: (z + t.log_softmax(-1) - ref - rewards / beta) ** 2
+
+    def una(t, z, beta_z=beta):
+        reward = implicit_reward(t.log_softmax(-1), ref, beta, beta_z * z)
+        return una_reward_loss(reward, rewards) / beta**2
+
+    assert same(lambda t: una(t, log_Z), lambda t: paper(t, log_Z), theta)
+    assert same(lambda z: una(theta, z), lambda z: paper(theta, z), log_Z)
+    assert not same(lambda t: una(t, log_Z, 1.0), lambda t: paper(t, log_Z), theta)   # no beta
+    # E_{y~pi}, the samples held fixed: log Z_phi drops out, and -2 beta grad J / beta^2 is left.
+    grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, beta), theta)
+    mean = lambda samples, z=log_Z: gradient(lambda t: samples.exp() * paper(t, z), theta)
+    fresh, (best, value) = theta.log_softmax(-1), optimal_policy(ref, rewards, beta)
+    assert close(mean(fresh), -2 / beta * grad_J) and close(mean(fresh, 0.0), -2 / beta * grad_J)
+    assert not close(mean(fresh), -2 * beta * grad_J)
+    # On samples of pi_ref that is lost; the loss is 0 at pi* all the same.
+    assert not close(mean(ref), -2 / beta * grad_J)
+    assert close(paper(best, value[:, None] / beta), 0.0)
 
 
 # ---------------------------------------------------------------- more exact relations
