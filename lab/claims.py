@@ -1,13 +1,11 @@
 """The paper's claims, settled: variants are tuned on grids, the best cell is run on other seeds.
 
-    python -m lab.claims                 resumes; about two hours on two cores
+    python -m lab.claims                 resumes; some two hours on two cores
     python -m lab.claims --tables        page and pictures anew, from claims.json alone
 
-Writes claims.json, README.md and two pictures into a folder; in its parts/ lies each run by itself.
+Writes claims.json, README.md and four pictures into a folder. In its parts/ lies each run by
+itself.
 """
-import ast
-import functools
-import hashlib
 import itertools
 import json
 import math
@@ -20,7 +18,8 @@ from statistics import median
 import torch
 
 import train
-from lab import figures, memory, page, run, tables, variants
+from lab import dots, figures, memory, page, run, tables, variants
+from lab.resume import Parts, finish
 from lab.run import setting, whole
 from lab.variants import Variant
 
@@ -56,107 +55,6 @@ GRIDS = {
     Variant("una-online", reward="model"): UNA_ONLINE,
     Variant("ppo", reward="model"): PPO,
 }
-
-
-# ---------------------------------------------------------------- parts
-# A part is the result of one function, kept on the disk. Its name has all that the result depends
-# on: the code that trains, but none of its prose, and of the methods' table the row that ran.
-ROOT = Path(__file__).parent.parent
-TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/variants.py")
-
-
-def syntax(source):
-    """A Python source without its comments and docstrings, and without train.METHODS."""
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if not (
-        isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
-        and getattr(node.targets[0], "id", "") == "METHODS")]
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-    return ast.dump(tree)
-
-
-@functools.cache
-def code_that_trains():
-    return [syntax((ROOT / name).read_text(encoding="utf-8")) for name in TRAINS]
-
-
-def row_of(method):
-    """A train.Method, as text."""
-    loss = method.loss
-    options = loss.keywords if isinstance(loss, functools.partial) else {}
-    name = getattr(loss, "func", loss).__name__
-    return [method.feedback, name, options, *method[2:]]
-
-
-def part_path(folder, settings, seed, name, *what):
-    key = json.dumps([code_that_trains(), run.versions(), asdict(settings), seed, name, *what])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return os.path.join(folder, f"{name}-{seed}-{digest}.json")
-
-
-def make_part(path, function, *arguments):
-    entries = function(*arguments)
-    run.write_json(path, entries)
-    return entries
-
-
-def finish(pool, title, jobs):
-    """What the parts of jobs (path, function, *arguments) say, in order: {kind: entry} each.
-
-    What lies there already is not run again.
-    """
-    missing, ended = [job for job in jobs if not os.path.exists(job[0])], 0
-    run.say(f"{title}: {len(jobs)} parts, {len(jobs) - len(missing)} of them are there already")
-
-    def tell(job, entries):
-        nonlocal ended
-        ended += 1
-        run.say(f"{title}, {ended} of {len(missing)} | {figures.line(entries)}")
-
-    try:
-        pool.run(make_part, missing, tell)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{title}, {ended} of {len(missing)} parts done") from None
-    return [json.loads(Path(job[0]).read_text(encoding="utf-8")) for job in jobs]
-
-
-class Parts:
-    """Makes parts in a folder, and what they stand on: a prepared file for each seed, level,
-    source of rewards."""
-
-    def __init__(self, pool, settings):
-        self.pool, self.folder = pool, os.path.join(settings.out, "parts")
-        os.makedirs(self.folder, exist_ok=True)
-        self.base = replace(settings, out="", jobs=1, evaluations=1)  # they change no figure here
-
-    def prepared(self, seeds, kinds):
-        """What train.prepare says of each (level, source of rewards) of kinds, for each seed."""
-        entries = {}
-        for level, reward in kinds:                              # the first has the references
-            jobs = []
-            for seed in seeds:
-                path, settings = self.shared(seed, level, reward)
-                reference = self.shared(seed, *kinds[0])[0] if (level, reward) != kinds[0] else None
-                if not os.path.exists(f"{path}.pt"):             # both, or none
-                    Path(path).unlink(missing_ok=True)
-                jobs.append((path, variants.prepare, settings, seed, f"{path}.pt",
-                             reference and f"{reference}.pt"))
-            entries[level, reward] = finish(self.pool, f"seeds, level {level:g}, {reward}", jobs)
-        return entries
-
-    def shared(self, seed, level, reward):
-        settings = replace(self.base, level=level, reward=reward)
-        return part_path(self.folder, settings, seed, "shared"), settings
-
-    def job(self, seed, variant, cell, glance=False, **changes):
-        path, settings = self.shared(seed, variant.level, variant.reward)
-        settings, cell = replace(settings, **changes), dict(cell)
-        row = row_of(variants.method_of(variant, cell))
-        return (part_path(self.folder, settings, seed, variant.method, variant, row, glance),
-                variants.run_variant, settings, seed, variant, cell, f"{path}.pt", glance)
 
 
 # ---------------------------------------------------------------- tuning
@@ -279,13 +177,18 @@ def settle(settings):
         chosen = {Variant(*(row[name] for name in Variant._fields)): tuple(row["cell"].items())
                   for row in tuning if row["best"]}
         prepared = parts.prepared(REPORTED_SEEDS, KINDS)[KINDS[0]]
+        told = list(reported(chosen, settings))
         found = finish(pool, "reported seeds", [
             parts.job(seed, variant, cell, **changes)
-            for variant, cell, changes in reported(chosen, settings) for seed in REPORTED_SEEDS])
+            for variant, cell, changes in told for seed in REPORTED_SEEDS])
+        cells = {variant: cell for variant, cell, changes in reversed(told)}
+        films = finish(pool, "films", [parts.film(REPORTED_SEEDS[0], variant, cells[variant])
+                                       for variant in dots.FILMED])
     claims = dict(settings=asdict(settings) | dict(seed=REPORTED_SEEDS[0],
                                                    seeds=len(REPORTED_SEEDS)),
                   device=settings.device, versions=run.versions(), predictions=PREDICTIONS,
-                  tuning=tuning, reference=[], optimum=[], runs=[part["runs"] for part in found])
+                  tuning=tuning, reference=[], optimum=[], runs=[part["runs"] for part in found],
+                  dots=[part["dots"] for part in films])
     for part in prepared:
         for kind, entry in part.items():
             claims[kind].append({name: value for name, value in entry.items()
@@ -301,7 +204,8 @@ def write_page(claims, folder):
                                 if "diverged" not in entry])
     for name, draw, height in (("frontier.png", figures.draw_frontier, 5),
                                ("regret-over-time.png", figures.draw_regret, 4.5)):
-        figures.picture(os.path.join(folder, name), draw, shown, figsize=(7, height))
+        figures.picture(os.path.join(folder, name), draw, shown, figsize=(8.5, height))
+    dots.draw_pictures(claims["dots"], folder)
     text = page.page(claims)
     run.save(os.path.join(folder, "README.md"),
              lambda partial: Path(partial).write_text(text, encoding="utf-8"))
@@ -344,7 +248,7 @@ def main(arguments=None, settings=None):
         run.say(f"lab.claims: interrupted in {stop or 'what follows the runs'}. Finished parts are "
                 f"in {options.out}/parts: the same command goes on from there")
         return 130
-    run.say(f"{options.out}: claims.json, README.md, two pictures")
+    run.say(f"{options.out}: claims.json, README.md, four pictures")
     diverged = [entry for entry in claims["runs"] if "diverged" in entry]
     for entry in diverged:
         run.say(f"seed {entry['seed']} | {entry['method']} diverged: {entry['diverged']}")

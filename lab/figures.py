@@ -10,7 +10,6 @@ from collections import Counter
 import numpy as np
 
 os.environ["MPLBACKEND"] = "agg"     # pictures go to files: no variable can ask for another screen
-from matplotlib import colormaps  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from lab.run import save  # noqa: E402
@@ -44,7 +43,9 @@ def stages(seconds):
 
 
 def line(entries):
-    """What there is to say when a seed is prepared, or a run has ended."""
+    """What there is to say when a seed is prepared, or a run or a film has ended."""
+    if "dots" in entries:
+        return f"{entries['dots']['method']}, level {entries['dots']['level']:g}"
     if "reference" in entries:
         return f"seed {entries['reference']['seed']} | {stages(entries['reference']['stages'])}"
     entry = entries["runs"]
@@ -73,35 +74,36 @@ def time_line(results, seconds):
             + stages({names[stage]: spent[stage] for stage in names}))
 
 
-def table(results, split):
-    """The table of one set of prompts: medians over the seeds, and the regret's range if there are
-    several."""
-    start = {entry["seed"]: entry[split] for entry in results["reference"]}
-    columns = {  # heading: (format, figure of one entry)
-        "reward": ("{:z.3f}", lambda entry: entry[split]["reward"]),
-        "KL": ("{:z.3f}", lambda entry: entry[split]["kl"]),
-        "J": ("{:z.3f}", lambda entry: entry[split]["objective"]),
-        "regret": ("{:z.5f}", lambda entry: entry[split]["regret"]),
-        "of gain": ("{:z.1%}", lambda entry: gain_share(entry[split], start[entry["seed"]])),
-        "of frontier": ("{:z.1%}",
-                        lambda entry: frontier_share(entry[split], start[entry["seed"]])),
-        "seconds": ("{:.1f}", lambda entry: entry.get("seconds", math.nan)),
-    }
-    lines = [f"{split + ' prompts':<18}" + "".join(f"{heading:>12}" for heading in columns)]
+def table(results):
+    """A line for each method: medians over the seeds that ended, and the range of what was lost if
+    there are several. All figures are of the training prompts but the lost share of the others."""
+    columns = {"reward": "{:z.3f}", "KL": "{:z.3f}", "J": "{:z.3f}", "lost": "{:z.2%}",
+               "held-out": "{:z.2%}", "frontier": "{:z.1%}", "seconds": "{:.1f}"}
+    starts = {entry["seed"]: entry for entry in results["reference"]}
+    lines = [f"{'':<18}" + "".join(f"{heading:>9}" for heading in columns)]
     for name, entries in rows(results).items():
         ended = [entry for entry in entries if "diverged" not in entry]
         line = f"{name:<18}"
         if ended:
-            values = [form.format(np.median([figure(entry) for entry in ended]))
-                      for form, figure in columns.values()]
-            line += "".join(f"{'-' if 'nan' in value else value:>12}" for value in values)
+            cells = [cells_of(entry, starts[entry["seed"]]) for entry in ended]
+            middle = [np.median(values) for values in zip(*cells)]
+            line += "".join(f"{'-' if math.isnan(value) else form.format(value):>9}"
+                            for form, value in zip(columns.values(), middle))
         if len(ended) > 1:
-            regrets = [entry[split]["regret"] for entry in ended]
-            line += f"  regret {min(regrets):.5f} to {max(regrets):.5f}"
+            shares = [lost for _, _, _, lost, *_ in cells]
+            line += f"  {min(shares):.2%} to {max(shares):.2%}"
         if len(ended) < len(entries):
             line += f"  {len(entries) - len(ended)} of {len(entries)} diverged"
-        lines.append(line)
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def cells_of(entry, start):
+    """The figures of a line of the table, of one seed."""
+    reached = entry["train"]
+    return [reached["reward"], reached["kl"], reached["objective"],
+            *(1 - gain_share(entry[split], start[split]) for split in ("train", "heldout")),
+            frontier_share(reached, start["train"]), entry.get("seconds", math.nan)]
 
 
 def rows(results):
@@ -113,19 +115,19 @@ def rows(results):
 
 
 def samples(results):
-    """The responses that the first seed's models gave to two prompts, three to each."""
+    """Two responses of each of the first seed's models to a training and to a held-out prompt."""
     first = {name: entries[0]["samples"] for name, entries in rows(results).items()
              if "samples" in entries[0]}
     prompts = list(first["reference"])
-    lines = [f"{'responses to':<18}" + " ".join(f"{prompt:<60}" for prompt in prompts).rstrip()]
+    lines = [f"{'responses to':<18}" + "".join(f"{prompt:<41}" for prompt in prompts).rstrip()]
     for name, texts in first.items():
-        answers = " ".join(f"{','.join(texts[prompt]):<60}" for prompt in prompts)
-        lines.append(f"{name:<17}{answers}".rstrip())
+        answers = "".join(f"{','.join(texts[prompt][:2]):<41.40}" for prompt in prompts)
+        lines.append(f"{name:<18}{answers}".rstrip())
     return "\n".join(lines)
 
 
 def report(results):
-    return "\n\n".join([table(results, "train"), table(results, "heldout"), samples(results)])
+    return "\n\n".join([table(results), samples(results)])
 
 
 # ---------------------------------------------------------------- pictures
@@ -136,10 +138,16 @@ def picture(path, draw, *shown, **words):
     save(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
-def colors(results):
-    """A color for each method, by its place among the runs."""
+# Okabe and Ito's, which the color-blind can tell apart; methods beyond have other markers too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv"
+
+
+def styles(results):
+    """A color and a marker for each method, by its place among the runs."""
     names = dict.fromkeys(run["method"] for run in results["runs"])
-    return {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
+    return {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
+            for i, name in enumerate(names)}
 
 
 def draw_all(results, folder):
@@ -152,55 +160,66 @@ def draw_all(results, folder):
             if entry["seed"] == results["reference"][0]["seed"]}
     columns = min(5, len(dots))
     picture(os.path.join(folder, "implicit-against-explicit.png"), draw_rewards, dots,
-            colors(results), figsize=(2.6 * columns, 2.7 * math.ceil(len(dots) / columns) + 0.4))
+            styles(results), figsize=(2.6 * columns, 2.7 * math.ceil(len(dots) / columns) + 0.4))
 
 
 def draw_frontier(figure, results):
     """Reward against KL, under the first seed's frontier. Runs far to the right are only named."""
-    axes, color = figure.subplots(), colors(results)
+    axes = figure.subplots()
+    best = results["optimum"][0]["train"]
     widest = 1.5 * max(entry["train"]["kl"] for entry in results["optimum"])
-    frontier = [point for point in results["optimum"][0]["frontier"] if point[0] <= widest]
-    axes.plot(*zip(*frontier), color="black", label="frontier: none is above")
-    axes.scatter(*zip(*[(entry["train"]["kl"], entry["train"]["reward"])
-                        for entry in results["optimum"]]),
-                 marker="*", s=260, color="gold", edgecolor="black", zorder=1, label="optimum of J")
+    around = axes.inset_axes((0.52, 0.07, 0.46, 0.42))           # what is near to the optimum
+    around.set(xlim=(best["kl"] - 0.12, best["kl"] + 0.12),
+               ylim=(best["reward"] - 0.05, best["reward"] + 0.03))
+    around.tick_params(labelsize=7)
     far = []
-    for method in color:
-        runs = [run["train"] for run in results["runs"] if run["method"] == method]
+    for name, (color, marker) in styles(results).items():
+        runs = [run["train"] for run in results["runs"] if run["method"] == name]
         near = [(run["kl"], run["reward"]) for run in runs if run["kl"] <= widest]
         if len(near) < len(runs):
-            far.append(f"{len(runs) - len(near)} of {method}")
-        style = dict(color=color[method], s=30)
-        if method == "una-pair":                                 # a ring: dpo's dot lies in it
-            style = dict(s=110, facecolor="none", edgecolor=color[method], linewidth=1.5)
-        if near:
-            axes.scatter(*zip(*near), label=method, **style)
-    title = "Reward against KL, training prompts"
+            far.append(f"{len(runs) - len(near)} of {name}")
+        style = dict(color=color, marker=marker, s=24)
+        if name == "una-pair":                                   # a ring: dpo's dots lie in it
+            style = dict(s=110, facecolor="none", edgecolor=color, linewidth=1.5)
+        for part in (axes, around) if near else ():
+            part.scatter(*zip(*near), label=name, **style)
+    for part in (axes, around):
+        part.plot(*zip(*results["optimum"][0]["frontier"]), color="black", zorder=0,
+                  label="frontier: none is above")
+        part.scatter(*zip(*[(entry["train"]["kl"], entry["train"]["reward"])
+                            for entry in results["optimum"]]),
+                     marker="*", s=260, facecolor="none", edgecolor="black", label="optimum of J")
+    start = [entry["train"]["reward"] for entry in results["reference"]]
+    axes.scatter([0.0] * len(start), start, marker="x", color="black", label="reference")
+    axes.indicate_inset_zoom(around)
+    title = "How much reward for how much KL: the nearer to the star, the better"
     if far:
-        title += f"\n(runs too far to the right: {', '.join(far)})"
-    axes.set(xlabel="KL(policy || reference), nats", ylabel="mean reward", title=title)
-    axes.legend(fontsize=8)
+        title += f"\n(too far to the right: {', '.join(far)})"
+    axes.set(xlabel="KL(policy || reference), nats", ylabel="mean reward, training prompts",
+             xlim=(-0.05, widest))
+    axes.set_title(title, fontsize=10)
+    figure.legend(fontsize=8, loc="outside right")
 
 
 def draw_regret(figure, results):
     """Regret against seconds of training, where there is a curve: seeds thin, their median thick.
     """
     axes = figure.subplots()
-    for method, color in colors(results).items():
+    for method, (color, marker) in styles(results).items():
         curves = [[(point["seconds"], max(point["regret"], 1e-6)) for point in run["curve"]]
                   for run in results["runs"] if run["method"] == method and len(run["curve"]) > 2]
         for curve in curves:
             axes.plot(*zip(*curve), color=color, linewidth=0.7, alpha=0.6)
         if curves:
             median = np.median(np.array(curves), axis=0)
-            axes.plot(*median.T, color=color, linewidth=2.2, label=method)
+            axes.plot(*median.T, color=color, marker=marker, linewidth=2.2, label=method)
     axes.set(yscale="log", xlabel="seconds of training", ylabel="regret: J* - J",
-             title="Distance to the exact optimum, training prompts")
+             title="How fast the distance to the exact optimum falls")
     if axes.lines:
         axes.legend()
 
 
-def draw_rewards(figure, dots, color):
+def draw_rewards(figure, dots, style):
     """Implicit reward beta log pi/pi_ref + beta log Z(x) against the judge's, one panel a policy.
 
     On the diagonal the two agree, and the policy is optimal (Eq. 18).
@@ -209,12 +228,12 @@ def draw_rewards(figure, dots, color):
     grid = figure.subplots(math.ceil(len(dots) / columns), columns, sharex=True, sharey=True,
                            squeeze=False)
     for axes, (name, (explicit, implicit)) in zip(grid.flat, dots.items()):
-        axes.plot([-3, 2], [-3, 2], color="black", linewidth=0.8)
+        axes.plot([-4, 3], [-4, 3], color="black", linewidth=0.8)
         axes.scatter(explicit, np.maximum(implicit, -6), s=3, alpha=0.3,
-                     color=color.get(name, "grey"))
+                     color=style.get(name, ("grey", ""))[0])
         axes.set_title(name, fontsize=9)
     for axes in grid.flat[len(dots):]:
         axes.set_visible(False)
     figure.supxlabel("explicit reward, the judge's")
     figure.supylabel("implicit reward (below -6: drawn at -6)")
-    figure.suptitle("A policy whose dots lie on the diagonal is optimal")
+    figure.suptitle("A policy is optimal where its dots lie on the diagonal")

@@ -3,6 +3,7 @@
 Its facts are held against claims.json by tests/test_tables.py; numbers in braces are claims.json's.
 """
 from lab import tables
+from lab.compare import lost, with_range
 
 PAGE = """\
 # The claims, settled
@@ -16,7 +17,7 @@ run is in [claims.json](claims.json). The methods are in [train.py](../train.py)
 
 *Eight seeds, training prompts, no sampling error: each figure is a sum over all 406,901 responses
 to a prompt. No policy can be above the line. It is the first seed's; the others' lie within about a
-hundredth of it. The star is where J = reward − β·KL is largest.*
+hundredth of it. The stars are where J = reward − β·KL is largest.*
 
 - **Lost** is the share of the possible gain, J* − J(π_ref), that a run ends without, on the
   training prompts. 0 % is the exact optimum, 100 % the reference, more is worse than no training.
@@ -62,6 +63,13 @@ Median lost over eight seeds, and the range. The last column says how far an off
 - **exact**: β log Z(x), which only a toy can list; **one constant**: its mean over the prompts.
 - **mean residual**: the mean of r − β log π/π_ref over the prompt's responses in the batch.
 
+![Implicit against explicit rewards, before and after, both levels](implicit-against-explicit.png)
+
+![The same dots while una-score-offset, dpo and una-online train](training.gif)
+
+*One seed, the responses that π_ref gives over one time in 300. Where the dots lie on the diagonal
+the policy is optimal.*
+
 The mean residual makes a loss of differences. Its gradient pushes a prompt's log-probabilities only
 against each other: the weights dL/dr of its responses add up to 0. Held constant, it still does so
 in the squared loss on rewards. After the sigmoid it does not: what is left pushes all
@@ -86,7 +94,7 @@ gradient is 15/16 of that with the mean of the others, which Adam divides out ag
 ## Cost
 
 - **seconds**: of training, the median. One thread, two runs side by side, on two cores of a shared
-  server. A GPU was not measured.
+  server. A GPU was not measured. `kto`'s hold, once, log π_ref of all its mismatched pairs.
 - **state**: bytes of weights, gradients and optimiser state of all models that training holds.
 - **peak above the idle process**: how far 20 steps raise the process's peak. Models this small
   leave most of it to activations.
@@ -114,16 +122,14 @@ gradient is 15/16 of that with the mean of the others, which Adam divides out ag
 
 ## The same runs in full
 
-Medians over the seeds:
+Medians over the seeds, and the range of what was lost:
 
-{train}
+{full}
 
-{heldout}
-
-- **reward**, **KL**: means over the prompts of E_π r and of KL(π‖π_ref), in nats.
-- **J** = reward − β·KL, with β = 0.25 for all. **regret**: J* − J.
-- **of gain**: 1 − lost. **of frontier**: reward gained, as a share of what the best policy of the
-  same KL gains.
+- **reward**, **KL**: means over the training prompts of E_π r and of KL(π‖π_ref), in nats.
+- **J** = reward − β·KL, with β = 0.25 for all.
+- **held-out**: lost on the four prompts without feedback.
+- **frontier**: reward gained, as a share of what the best policy of the same KL gains.
 
 ## What was looked at before
 
@@ -144,23 +150,72 @@ trains, comments and the settings of other methods apart, makes them anew. The p
 four gigabytes there; when claims.json is written, nothing needs `parts/` any more.
 `python -m lab.claims --tables` makes this page and the pictures from claims.json alone.
 
-claims.json has, beside the `settings`, `reference`, `optimum` and `runs` of a results.json:
+A results.json, which `python train.py` writes, has
+
+- `settings`, `device`, `versions`; `files`, all that belong to it;
+- `reference`, `optimum`: where every run begins and the best it could reach, for each seed; the
+  reference with the seconds of its `stages`, the optimum with the points of the `frontier`;
+- `runs`, one for each method and seed: `beta` (the task's), `method_beta` (inside the method's
+  loss), `learning_rate`, `start_loss`, `seconds` (of training alone), `evaluation_seconds`,
+  `state_bytes` (weights, gradients and optimiser state of all models that training holds),
+  `reward_source` (online methods); of a run that left the numbers `diverged`, why, and no figures;
+- `train` and `heldout` have `reward`, `kl`, `objective`, `optimum`, `regret`, `frontier_reward`
+  (the most any policy of that KL can have) and `residual_variance` (of r − β log π/π_ref);
+- `curve` begins at the reference: `step`, `seconds`, `loss`, `objective`, `regret`. Of the online
+  methods it has points on the way;
+- `chosen_reward`, `rejected_reward`: mean implicit rewards of the first 1024 pairs, apart, since
+  under DPO both may fall; without f(x) + c;
+- `offsets`: f(x) + c of each training prompt, as estimated or learned;
+- with `--reward model`, `reward_model`: its `accuracy`, and the reward gained by its own measure
+  (`model_gain`) and by the judge's (`judge_gain`);
+- `dots` (the first seed's, for the picture) and `samples`.
+
+claims.json has, beside these,
 
 - `tuning`: every cell of the grids, with what each tuning seed lost there (null: diverged);
 - `runs`: each with its `cell`, `offset`, `level`, `judged` and `passes`; with `offset_error` where
   an offset was estimated or learned; online methods on the judge's reward with the
   `gradient_noise` of every point of the curve;
-- `predictions` and `peak_memory`.
+- `dots`, of some methods, frame by frame; `predictions`; `peak_memory`.
 
 [tests/test_tables.py](../tests/test_tables.py) holds what is said here against those numbers.
 """
 
 CONCLUSIONS = """\
-TO BE WRITTEN
+**Which of the paper's claims stand.** (words)
+
+**What to do.** (words)
+
+**What f(x) is for.** (words)
+
+**What earlier versions of this page said.** (words)
 """
 
-CUT = ""
+CUT = """\
+- Cut for time: grids of `una-binary-mse` and `una-mixed` at level 1 (they take `una-binary-bce`'s
+  cell there, and their own of level 0); other offsets for `una-binary-mse`; a run of `una-online`
+  for as many seconds as `ppo` takes.
+"""
+
+
+def facts(claims):
+    """{name: what it lost}, for the sentences: name_1 is at level 1."""
+    def of(*what, **more):
+        return with_range(lost(tables.pick(claims, *what, **more)), " %")
+    said = {}
+    for level, end in ((0.0, ""), (1.0, "_1")):
+        for name, method, offset in (
+                ("dpo", "dpo", "zero"), ("kto", "kto", "zero"), ("mixed", "una-mixed", "zero"),
+                ("mse", "una-binary-mse", "zero"), ("bce", "una-binary-bce", "zero"),
+                ("learned", "una-binary-offset", "learned"), ("score", "una-score", "zero"),
+                ("estimated", "una-score-offset", "estimated"), ("exact", "una-score", "exact"),
+                ("constant", "una-score", "constant"), ("online", "una-online", "zero")):
+            said[name + end] = of(method, offset, level)
+    return said | dict(
+        ppo=of("ppo"), residual=of("una-score", "residual"), held=of("una-score", "held"),
+        online_model=of("una-online", reward="model"), ppo_model=of("ppo", reward="model"))
 
 
 def page(claims):
-    return PAGE.format(**tables.tables(claims), conclusions=CONCLUSIONS.strip(), cut=CUT)
+    return PAGE.format(**tables.tables(claims), cut=CUT,
+                       conclusions=CONCLUSIONS.strip().format(**facts(claims)))

@@ -331,6 +331,5 @@ def tables(claims):
         "passes": markdown(*passes_rows(claims)),
         "cost": markdown(*cost_rows(claims)),
         "grids": markdown(*grid_rows(claims)),
-        "train": f"```\n{figures.table(judged, 'train')}\n```",
-        "heldout": f"```\n{figures.table(judged, 'heldout')}\n```",
+        "full": f"```\n{figures.table(judged)}\n```",
     }

@@ -34,6 +34,7 @@ def with_second_seed(results):
             for split in ("train", "heldout"):
                 if key == "runs":
                     entry[split]["regret"] += 0.5
+                    entry[split]["objective"] -= 0.5
             results[key].append(entry)
     return results
 
@@ -60,44 +61,48 @@ def test_shares_are_0_at_the_reference_and_1_at_the_optimum(tiny):
 
 
 # ---------------------------------------------------------------- text
+def lines_of(results):
+    """{name: cells} of the table."""
+    return {line.split()[0]: line.split()[1:] for line in figures.table(results).splitlines()[1:]}
+
+
 def test_the_table_shows_every_method_once_with_its_figures(tiny):
-    lines = figures.table(tiny.results, "heldout").splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["reference", *train.METHODS, "optimum"]
-    kto = next(run["heldout"] for run in tiny.results["runs"] if run["method"] == "kto")
-    line = next(line for line in lines if line.startswith("kto"))
-    assert line.split()[1:4] == [f"{kto[key]:.3f}" for key in ("reward", "kl", "objective")]
-    assert lines[1].split()[-2:] == ["-", "-"] and lines[-1].count("100.0%") == 2
-    assert figures.table(tiny.results, "train") in tiny.out
-    assert figures.table(tiny.results, "heldout") in tiny.out
+    table = lines_of(tiny.results)
+    assert list(table) == ["reference", *train.METHODS, "optimum"]
+    start = tiny.results["reference"][0]
+    for run in tiny.results["runs"]:
+        reached = run["train"]
+        shares = [f"{run[split]['regret'] / start[split]['regret']:.2%}"
+                  for split in ("train", "heldout")]
+        assert table[run["method"]][:5] == [
+            *(f"{reached[key]:.3f}" for key in ("reward", "kl", "objective")), *shares]
+        assert table[run["method"]][6] == f"{run['seconds']:.1f}"
+    assert table["reference"][3:] == ["100.00%", "100.00%", "-", "-"]
+    assert table["optimum"][3:] == ["0.00%", "0.00%", "100.0%", "-"]
+    assert figures.table(tiny.results) in tiny.out
+    assert max(map(len, tiny.out.splitlines())) <= 100
 
 
-def test_the_table_of_several_seeds_has_their_means_and_the_regrets_deviation(tiny):
+def test_the_table_of_several_seeds_has_their_medians_and_the_range_of_what_was_lost(tiny):
     results = with_second_seed(tiny.results)
-    lines = figures.table(results, "train").splitlines()
-    for name in train.METHODS:
-        regrets = [run["train"]["regret"] for run in results["runs"] if run["method"] == name]
-        line = next(line for line in lines if line.startswith(name + " "))
-        assert line.split()[4] == f"{statistics.mean(regrets):.5f}"
-        assert line.endswith(f"regret +- {statistics.stdev(regrets):.5f}")
-    assert all("regret +-" in line for line in lines[1:])
-    assert "regret +-" not in figures.table(tiny.results, "train")
+    table, start = lines_of(results), tiny.results["reference"][0]["train"]
+    for run in tiny.results["runs"]:
+        shares = [(run["train"]["regret"] + more) / start["regret"] for more in (0, 0.5)]
+        assert table[run["method"]][3] == f"{statistics.median(shares):.2%}"
+        assert table[run["method"]][-3:] == [f"{shares[0]:.2%}", "to", f"{shares[1]:.2%}"]
+    assert not any("to" in cells for cells in lines_of(tiny.results).values())
 
 
-def test_the_table_has_no_figures_of_a_run_that_diverged_and_the_mean_of_the_others(tiny):
-    lines = figures.table(without(tiny.results, "kto"), "train").splitlines()
-    (line,) = [line for line in lines if line.startswith("kto")]
-    assert line.split() == ["kto", "1", "of", "1", "diverged"]
+def test_the_table_has_no_figures_of_a_run_that_diverged_and_the_median_of_the_others(tiny):
+    assert lines_of(without(tiny.results, "kto"))["kto"] == ["1", "of", "1", "diverged"]
     results = with_second_seed(tiny.results)
     results["runs"][len(train.METHODS):] = without(results)["runs"][len(train.METHODS):]
-    before = figures.table(tiny.results, "train").splitlines()
-    after = figures.table(results, "train").splitlines()
+    before, after = lines_of(tiny.results), lines_of(results)
     for name in train.METHODS:
-        old, new = ([line for line in lines if line.startswith(name + " ")]
-                    for lines in (before, after))
-        assert new == [f"{old[0]}  1 of 2 diverged"]
+        assert after[name] == [*before[name], "1", "of", "2", "diverged"]
 
 
-def test_samples_are_three_to_each_of_two_prompts_and_none_of_a_run_that_diverged(tiny):
+def test_samples_are_of_two_prompts_and_none_of_a_run_that_diverged(tiny):
     lines = figures.samples(without(tiny.results, "kto")).splitlines()
     names = [line.split()[0] for line in lines[1:]]
     assert names == ["reference", *[name for name in train.METHODS if name != "kto"]]
@@ -105,7 +110,7 @@ def test_samples_are_three_to_each_of_two_prompts_and_none_of_a_run_that_diverge
     assert list(texts) == ["happy wind :", "happy sea :"]
     assert [len(answers) for answers in texts.values()] == [3, 3]
     for prompt, answers in texts.items():
-        assert prompt in lines[0] and all(answer in lines[1] for answer in answers)
+        assert prompt in lines[0] and ",".join(answers[:2])[:40].rstrip() in lines[1]
     assert figures.samples(tiny.results) in tiny.out
 
 
@@ -117,7 +122,7 @@ def test_a_line_names_method_and_seed_and_what_was_reached(tiny):
         assert f"{run['curve'][-1]['loss']:.4f} (at start {run['start_loss']:.4f})" in line
         assert ("r_w" in line) == ("chosen_reward" in run)
     (run,) = [run for run in without(tiny.results)["runs"] if run["method"] == "dpo"]
-    assert figures.line(dict(runs=run)) == "seed 1 | dpo              | diverged: the loss is nan"
+    assert figures.line(dict(runs=run)) == "seed 1 | dpo               | diverged: the loss is nan"
 
 
 def test_the_last_line_says_where_the_time_went():
@@ -188,7 +193,7 @@ def test_the_frontier_picture_names_runs_that_are_too_far_to_the_right(tiny, no_
 
 def test_the_rewards_picture_has_a_panel_for_each_policy(tiny, no_files):
     dots = {run["method"]: run["dots"] for run in tiny.results["runs"]}
-    figure = drawn(figures.draw_rewards, dots, figures.colors(tiny.results))
+    figure = drawn(figures.draw_rewards, dots, figures.styles(tiny.results))
     titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
     assert titles == list(train.METHODS)
 

@@ -1,9 +1,9 @@
 """What the claims' page says: its numbers are claims.json's, and its words follow from them."""
-import itertools
 import json
 import math
 import re
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -12,57 +12,62 @@ import data
 import train
 from lab import claims, compare, figures, tables, variants
 from lab.page import page
+from lab.variants import Variant
 
 LAB = Path(__file__).parent.parent / "lab"
 README = (LAB / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((LAB / "claims.json").read_text(encoding="utf-8"))
-RUNS = tables.of_variants(RESULTS)
 ONE_LINE = " ".join(README.split())
+SEEDS = list(claims.REPORTED_SEEDS)
 
 
-def mean_lost(variant):
-    return np.mean(compare.lost(RUNS[variant]))
+def lost(*what, **more):
+    """The median over the seeds, in percent."""
+    return median(compare.lost(tables.pick(RESULTS, *what, **more)))
 
 
 # ---------------------------------------------------------------- figures
-def test_interval_is_students():
-    # A textbook's: differences 1..10 have mean 5.5, deviation 3.0277, and 95% interval
-    # 5.5 +- 2.262 * 3.0277 / sqrt(10).
-    expected = (5.5, 3.3341, 7.6659)
-    assert compare.interval(np.arange(1.0, 11.0)) == pytest.approx(expected, abs=1e-3)
-
-
 def runs(*regrets):
     """Runs that begin with a regret of 1; None diverged."""
-    return [dict(diverged="the loss of step 2 is nan") if regret is None else
-            dict(curve=[dict(seconds=0.0, regret=1.0), dict(seconds=1.0, regret=regret)])
-            for regret in regrets]
+    return [dict(seed=seed) | (
+        dict(diverged="the loss of step 2 is nan") if regret is None else
+        dict(curve=[dict(seconds=0.0, regret=1.0), dict(seconds=1.0, regret=regret)]))
+        for seed, regret in enumerate(regrets)]
 
 
-def test_verdicts_follow_from_the_interval_alone():
-    low, high = runs(0.1, 0.1, 0.12, 0.1, 0.11), runs(0.2, 0.22, 0.2, 0.2, 0.21)
-    wide = runs(0.0, 0.5, 0.0, 0.3, 0.0)
+def test_a_verdict_needs_all_seeds_to_agree_in_sign():
+    low, high = runs(0.1, 0.1, 0.12), runs(0.2, 0.22, 0.13)
     assert compare.less("", "", low, high)[-1] == "replicates"
     assert compare.less("", "", high, low)[-1] == "does not: the reverse"
-    for row in (compare.less("", "", low, wide), compare.less("", "", wide, low)):
-        assert row[-1] == "does not: no difference shown"
-    assert compare.less("", "", low, high)[2] == "10.6 ± 0.89 % against 20.6 ± 0.89 %"
+    for other in (runs(0.2, 0.22, 0.11), runs(0.2, 0.22, 0.12)):  # one seed against, one even
+        assert compare.less("", "", low, other)[-1] == "does not: no difference shown"
+    assert compare.less("", "", low, high)[2:4] == [
+        "10 % (10 to 12) against 20 % (13 to 22)", "−10 [−12, −1]"]
     assert compare.sooner("", "", [1.0, 1.1], [2.0, 2.2])[2:] == [
         "1.05 s against 2.1 s", "× 2 [2, 2]", "replicates"]
-    three = compare.sooner("", "", [1.0, 1.1, 1.0], [math.inf, 2.2, 2.0])
-    assert three[2].endswith("3 and 2 of 3 seeds arrive")
+    assert compare.sooner("", "", [1.0, 2.0], [2.0, 1.0])[-1] == "does not: no difference shown"
     assert compare.sooner("", "", [2.0, 2.2], [1.0, 1.1])[-1] == "does not: the reverse"
+    three = compare.sooner("", "", [1.0, 1.1, 1.0], [math.inf, 2.2, 2.0])
+    assert three[2].endswith("3 and 2 of 3 seeds arrive") and three[-1] == "replicates"
+    assert compare.sooner("", "", [1.0, math.inf], [2.0, math.inf])[-2:] == ["–", "–"]
 
 
-def test_where_runs_diverged_they_are_counted_and_no_verdict_is_given():
+def test_runs_are_compared_seed_by_seed():
+    shifted = [run | dict(seed=run["seed"] + 1) for run in runs(0.1, 0.2)]
+    with pytest.raises(AssertionError):
+        compare.less("a claim", "", runs(0.1, 0.2), shifted)
+
+
+def test_a_run_that_diverged_lost_more_than_any_number_and_is_counted():
     low, high = runs(0.1, 0.1, 0.12, 0.1, 0.11), runs(0.2, None, 0.2, None, 0.21)
-    for row in (compare.less("", "", low, high), compare.less("", "", high, low)):
-        assert row[-1] == "–" and "[" in row[3] and "(2 of 5 diverged)" in row[2]
-    none = compare.less("", "", low, runs(*[None] * 5))
-    assert none[2:] == ["10.6 ± 0.89 % against (5 of 5 diverged)", "–", "–"]
+    row = compare.less("", "", low, high)
+    assert row[2].endswith("21 % (20 to ∞), 2 of 5 diverged")
+    assert row[3:] == ["−11 [−∞, −8]", "replicates"] or row[-1] == "replicates"
+    assert compare.less("", "", high, low)[-1] == "does not: the reverse"
     both = compare.less("", "", runs(None, 0.1, 0.1), runs(None, 0.3, 0.2))
-    assert both[2] == "10 ± 0 % (1 of 3 diverged) against 25 ± 7.1 % (1 of 3 diverged)"
-    assert compare.mean_sd([math.inf, 10.0], " %") == "10 % (1 of 2 diverged)"
+    assert both[-2:] == ["–", "–"]
+    assert compare.median([math.inf, 1.0, 2.0]) == 2 and compare.median([math.inf, 1.0]) == math.inf
+    assert compare.median([math.inf] * 2) == math.inf
     assert compare.seconds_to(0.5, runs(None)[0]) == math.inf
 
 
@@ -87,6 +92,14 @@ def test_numbers_are_short_and_have_no_exponents():
         "12.3", "1234", "−0.5", "–", "∞"]
 
 
+def test_what_is_at_an_end_of_a_grid_is_said():
+    def row(rate, beta, best):
+        return dict(cell=dict(learning_rate=rate, beta=beta), best=best)
+    rows = [row(rate, beta, (rate, beta) == (2, 4)) for rate in (1, 2, 3) for beta in (1, 2, 4)]
+    assert tables.edges(rows) == ["β"]
+    assert tables.edges([row(1, 2, True), row(2, 1, False), row(2, 4, False)]) == ["learning rate"]
+
+
 # ---------------------------------------------------------------- the page is claims.json's
 def test_the_pages_numbers_are_those_of_claims_json():
     assert page(RESULTS) == README
@@ -96,15 +109,22 @@ def test_the_pages_numbers_are_those_of_claims_json():
     assert page(altered) != README
 
 
-def test_page_and_pictures_are_made_anew_from_claims_json_alone(tmp_path, monkeypatch, capsys):
+def test_page_and_pictures_are_made_anew_from_claims_json_alone(tmp_path, monkeypatch):
     def training(*_):
         raise AssertionError("--tables trains nothing")
     monkeypatch.setattr(claims, "settle", training)
     assert claims.main(["--tables", "--out", str(copied(tmp_path))]) == 0
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md", "claims.json", "frontier.png", "regret-over-time.png"]
-    (tmp_path / "claims.json").unlink()
+        "README.md", "claims.json", "frontier.png", "implicit-against-explicit.png",
+        "regret-over-time.png", "training.gif"]
+    assert (tmp_path / "training.gif").stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("text", [None, "", '{"runs": ['])
+def test_without_a_whole_claims_json_there_is_one_line_and_status_2(text, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "claims.json").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         claims.main(["--tables", "--out", str(tmp_path)])
     told = capsys.readouterr().err
@@ -135,22 +155,27 @@ def test_claims_json_is_of_the_defaults_and_complete():
             assert value == [*variants.COMPARED]
         elif name not in ("out", "device", "jobs", "seed", "seeds"):
             assert value == getattr(train.Settings(), name), name
-    assert RESULTS["settings"]["seed"] == claims.REPORTED_SEEDS[0]
-    assert RESULTS["settings"]["seeds"] == len(claims.REPORTED_SEEDS)
-    for name in variants.COMPARED:
-        sources = (None,) if name not in claims.ONLINE else (
-            ("judge", "model") if name in ("una-online", "ppo") else ("judge",))
-        for source in sources:
-            seeds = [run["seed"] for run in RUNS[name, source]]
-            assert seeds == list(claims.REPORTED_SEEDS), (name, source)
-    for (name, offset), (rates, multiples) in claims.GRIDS.items():
-        candidates = tables.candidates_of(RESULTS, name, offset)
-        assert [(row["learning_rate"], row["multiple"]) for row in candidates] == list(
-            itertools.product(rates, multiples))
-        assert all(len(candidate["lost"]) == len(claims.TUNING_SEEDS) for candidate in candidates)
-        assert sum(candidate["best"] for candidate in candidates) == 1
+    assert RESULTS["settings"]["seed"] == SEEDS[0] and RESULTS["settings"]["seeds"] == len(SEEDS)
+    assert RESULTS["predictions"] == claims.PREDICTIONS
+    for variant, grid in claims.GRIDS.items():
+        rows = tables.grid_of(RESULTS, *variant)
+        cells = [tuple(row["cell"].items()) for row in rows]
+        assert set(claims.cells_of(grid)) <= set(cells) and len(set(cells)) == len(cells)
+        assert sum(row["best"] for row in rows) == 1
+        assert sorted((len(row["lost"]) for row in rows), reverse=True)[:9] == [
+            4, 4, 3, 3, 2, 2, 2, 2, 1]
+        (best,) = [row for row in rows if row["best"]]
+        final = [np.median([math.inf if share is None else share for share in row["lost"]])
+                 for row in rows if len(row["lost"]) == 4]
+        assert min(final) == np.median(best["lost"])
+    chosen = {Variant(*(row[name] for name in Variant._fields)): tuple(row["cell"].items())
+              for row in RESULTS["tuning"] if row["best"]}
+    settings = train.Settings()
+    for variant, cell, changes in claims.reported(chosen, settings):
+        reported = tables.pick(RESULTS, *variant, judged=changes.get("judged"), **dict(cell))
+        assert [run["seed"] for run in reported] == SEEDS, (variant, cell)
     for kind in ("reference", "optimum"):
-        assert [entry["seed"] for entry in RESULTS[kind]] == list(claims.REPORTED_SEEDS)
+        assert [entry["seed"] for entry in RESULTS[kind]] == SEEDS
 
 
 def test_the_frontier_of_the_picture_is_the_first_seeds():
@@ -161,90 +186,51 @@ def test_the_frontier_of_the_picture_is_the_first_seeds():
     at_optimum = np.interp(best["train"]["kl"], kl, reward)
     assert at_optimum == pytest.approx(best["train"]["reward"], abs=1e-3)
     assert start["train"]["reward"] < reward[0] < start["train"]["reward"] + 0.1
-    for run in RESULTS["runs"] + RESULTS["longer"]:
+    for run in tables.main_runs(RESULTS):
         if run["seed"] == best["seed"] and kl[0] <= run["train"]["kl"] <= kl[-1]:
             assert run["train"]["reward"] <= np.interp(run["train"]["kl"], kl, reward) + 1e-3
 
 
-def test_the_methods_own_settings_are_the_best_candidates_of_their_grids():
-    for name, own in {name: train.METHODS[name] for name in variants.COMPARED}.items():
-        candidates = tables.candidates_of(RESULTS, "una-pair" if name == "dpo" else name)
-        (best,) = [candidate for candidate in candidates if candidate["best"]]
-        assert (own.learning_rate, own.beta) == (best["learning_rate"], best["multiple"]), name
+def test_the_methods_own_settings_are_the_best_cells_of_their_grids():
+    for name in variants.COMPARED:
+        own, offset = train.METHODS[name], tables.OWN.get(name, "zero")
+        cell = tables.best_cell(RESULTS, "una-pair" if name == "dpo" else name, offset)
+        best = variants.method_of(Variant(name, offset), cell)
+        given = getattr(best.loss, "keywords", {})               # a knob of False is the default
+        has = getattr(own.loss, "keywords", {})
+        assert {knob: value for knob, value in given.items() if value} == has, name
+        assert own._replace(loss=None) == best._replace(loss=None), name
 
 
 # ---------------------------------------------------------------- what the page says of it
-def test_una_pair_and_dpo_agree_in_every_figure_of_every_seed():
-    pair, dpo = ([(run["seed"], run["train"], run["heldout"]) for run in RUNS[name, None]]
-                 for name in ("una-pair", "dpo"))
-    assert pair == dpo and len(dpo) == len(claims.REPORTED_SEEDS)
-
-
-def test_una_online_ends_within_a_hundredth_of_the_possible_gain():
-    assert max(figures.lost(run) for run in RUNS["una-online", "judge"]) < 0.01
-
-
-def test_differences_alone_let_probability_leave_for_strings_that_no_one_judged():
-    # What the page says of pairs where feedback is short, and of offsets estimated from stored
-    # responses.
-    short = [run for run in RESULTS["sizes"]
-             if run["method"] == "una-pair" and run["judged"] <= 1024]
-    estimated = [run for run in RESULTS["offsets"] if run["offset"] in ("batch", "prompt")]
-    start = np.median([entry["train"]["reward"] for entry in RESULTS["reference"]])
-    assert start == pytest.approx(0.53, abs=0.01)
-    for those in (short, estimated):
-        assert len(those) >= 10
-        assert all(run["chosen_reward"] < 0 and run["rejected_reward"] < run["chosen_reward"]
-                   for run in those)
-        assert np.median([run["train"]["kl"] for run in those]) > 3
-        assert np.median([run["train"]["reward"] for run in those]) < 0.53
-
-
-def test_what_the_page_makes_of_the_results_is_in_them():
-    assert 3.5 < mean_lost(("una-score", None)) / mean_lost(("una-score", "exact")) < 4.5
-    candidates = [np.mean(row["lost"])
-                  for row in tables.candidates_of(RESULTS, "una-binary-bce", "exact")]
-    assert 100 * min(candidates) > mean_lost(("una-binary-bce", None))
-    broken = [name for name in ("una-online", "ppo")
-              for share in compare.lost(RUNS[name, "model"]) if share > 100]
-    assert broken == ["una-online"]
-    accuracy = [run["reward_model"]["accuracy"] for run in RUNS["una-online", "model"]]
-    assert 0.77 < np.mean(accuracy) < 0.85
-
-
-def test_what_the_page_says_of_online_methods_and_of_short_feedback_is_in_the_runs():
-    online, ppo = RUNS["una-online", "judge"], RUNS["ppo", "judge"]
-    ratio = np.median(compare.seconds(ppo)) / np.median(compare.seconds(online))
-    assert 2.5 < ratio < 3.5                                     # "a third of the time"
-    assert np.std(compare.lost(online)) > np.std(compare.lost(ppo))
-    assert mean_lost(("una-online", "judge")) < mean_lost(("ppo", "judge")) < 1
-    rates, _ = claims.GRIDS["una-online", "zero"]
-    assert train.METHODS["una-online"].learning_rate == max(rates)
-    for size in (256, 1024):
-        by_method = {}
-        for run in RESULTS["sizes"]:
-            if run["judged"] == size:
-                by_method.setdefault(run["method"], []).append(figures.lost(run))
-        score = by_method.pop("una-score")
-        assert all(2 * np.mean(score) < np.mean(other) for other in by_method.values())
+def test_una_pair_and_dpo_agree_in_every_figure_of_every_seed_and_see_no_level():
+    pair, dpo, level = ([(run["seed"], run["train"], run["heldout"]) for run in
+                         tables.pick(RESULTS, name, level=level)]
+                        for name, level in (("una-pair", 0.0), ("dpo", 0.0), ("dpo", 1.0)))
+    assert pair == dpo and len(dpo) == len(SEEDS)
+    for (_, one, held), (_, other, other_held) in zip(dpo, level):
+        assert one["kl"] == other["kl"] and held["kl"] == other_held["kl"]
+        assert one["regret"] == pytest.approx(other["regret"], abs=1e-6)
 
 
 def test_the_counts_that_the_page_names_are_those_of_the_runs():
     settings = RESULTS["settings"]
-    assert settings["judged"] == 4096 and "4096 judged responses" in ONE_LINE
-    passes = settings["steps"] * settings["batch"] / settings["judged"]
-    assert round(passes) == 19 and "seen some nineteen times" in ONE_LINE
-    assert settings["steps"] * settings["batch"] == 76_800 and "76,800 fresh samples" in ONE_LINE
+    assert settings["judged"] == settings["steps"] * settings["batch"] == 76_800
+    assert "76,800 judged responses" in ONE_LINE and "400 steps of 192, each seen once" in ONE_LINE
     assert settings["steps"] == 400 and settings["batch"] == 192
-    assert "In 400 steps of 192" in ONE_LINE
+    assert claims.FEW == 4096 and "4096 judged responses, seen nineteen times" in ONE_LINE
+    assert round(76_800 / 4096) == 19 and 192 // len(data.TRAIN_PROMPTS) == 16
+    assert "prompt's 16 samples" in ONE_LINE and "15/16" in ONE_LINE
     assert settings["beta"] == 0.25 and "with β = 0.25 for all" in ONE_LINE
-    assert train.PPO_EPOCHS == 2 and "takes two inner steps" in ONE_LINE
-    assert len(claims.REPORTED_SEEDS) == 8 and "There are eight:" in ONE_LINE
-    assert len({run["seed"] for run in RESULTS["sizes"]}) == 5 and "Five seeds" in ONE_LINE
-    assert len(claims.TUNING_SEEDS) == 2 and "two tuning seeds" in ONE_LINE
-    assert {run["steps"] for run in RESULTS["longer"]} == {1000}
+    assert len(SEEDS) == 8 and "There are eight:" in ONE_LINE and 2 ** 7 == 128
+    assert train.OFFSET_TIMES == 10 and "ten times their learning rate" in ONE_LINE
+    assert train.PPO_LAMBDA == 1 and "λ of 1" in ONE_LINE
+    assert data.LEVELS == {"sea": -1, "wind": -1 / 3, "fire": 1 / 3, "night": 1}
+    assert "−1, −1/3, 1/3 or 1 is added" in ONE_LINE
     words = sum((data.ENCODING.n_vocab - 1) ** n for n in range(data.MAX_TOKENS + 1))
     assert words == 406_901 and "406,901 responses" in ONE_LINE
+    assert "The reported ones, 21 to 28" in ONE_LINE and SEEDS == [*range(21, 29)]
+    assert [*claims.TUNING_SEEDS] == [*range(100, 104)] and "seeds, 100 to 103" in ONE_LINE
 
 
 def test_every_verdict_of_the_page_is_one_of_the_words_that_it_explains():
@@ -253,5 +239,3 @@ def test_every_verdict_of_the_page_is_one_of_the_words_that_it_explains():
     for line in block.splitlines()[2:]:
         verdict = line.strip("|").split("|")[-1].strip()
         assert re.match(r"replicates|does not|it can|–", verdict), line
-    for word in ("**Replicates**", "**the reverse**"):
-        assert word in README

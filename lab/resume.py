@@ -1,0 +1,118 @@
+"""Results of long runs, kept on the disk one by one, so that a call goes on where the last stopped.
+
+A part is the result of one function. Its name has all that the result depends on: the code that
+trains, but none of its prose, and of the methods' table the row that ran.
+"""
+import ast
+import functools
+import hashlib
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from lab import dots, figures, run, variants
+
+ROOT = Path(__file__).parent.parent
+TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/variants.py")
+
+
+def syntax(source):
+    """A Python source without its comments and docstrings, and without train.METHODS."""
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not (
+        isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        and getattr(node.targets[0], "id", "") == "METHODS")]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+@functools.cache
+def code_that_trains():
+    sources = [syntax((ROOT / name).read_text(encoding="utf-8")) for name in TRAINS]
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+
+
+def row_of(method):
+    """A train.Method, as text."""
+    loss = method.loss
+    options = loss.keywords if isinstance(loss, functools.partial) else {}
+    name = getattr(loss, "func", loss).__name__
+    return [method.feedback, name, options, *method[2:]]
+
+
+def part_path(folder, settings, seed, name, *what):
+    key = json.dumps([code_that_trains(), run.versions(), asdict(settings), seed, name, *what])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return os.path.join(folder, f"{name}-{seed}-{digest}.json")
+
+
+def make_part(path, function, *arguments):
+    entries = function(*arguments)
+    run.write_json(path, entries)
+    return entries
+
+
+def finish(pool, title, jobs):
+    """What the parts of jobs (path, function, *arguments) say, in order: {kind: entry} each.
+
+    What lies there already is not run again.
+    """
+    missing, ended = [job for job in jobs if not os.path.exists(job[0])], 0
+    run.say(f"{title}: {len(jobs)} parts, {len(jobs) - len(missing)} of them are there already")
+
+    def tell(job, entries):
+        nonlocal ended
+        ended += 1
+        run.say(f"{title}, {ended} of {len(missing)} | {figures.line(entries)}")
+
+    try:
+        pool.run(make_part, missing, tell)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{title}, {ended} of {len(missing)} parts done") from None
+    return [json.loads(Path(job[0]).read_text(encoding="utf-8")) for job in jobs]
+
+
+class Parts:
+    """Makes parts in a folder, and what they stand on: a prepared file for each seed, level,
+    source of rewards."""
+
+    def __init__(self, pool, settings):
+        self.pool, self.folder = pool, os.path.join(settings.out, "parts")
+        os.makedirs(self.folder, exist_ok=True)
+        self.base = replace(settings, out="", jobs=1, evaluations=1)  # they change no figure here
+
+    def prepared(self, seeds, kinds):
+        """What train.prepare says of each (level, source of rewards) of kinds, for each seed."""
+        entries = {}
+        for level, reward in kinds:                              # the first has the references
+            jobs = []
+            for seed in seeds:
+                path, settings = self.shared(seed, level, reward)
+                reference = self.shared(seed, *kinds[0])[0] if (level, reward) != kinds[0] else None
+                if not os.path.exists(f"{path}.pt"):             # both, or none
+                    Path(path).unlink(missing_ok=True)
+                jobs.append((path, variants.prepare, settings, seed, f"{path}.pt",
+                             reference and f"{reference}.pt"))
+            entries[level, reward] = finish(self.pool, f"seeds, level {level:g}, {reward}", jobs)
+        return entries
+
+    def shared(self, seed, level, reward):
+        settings = replace(self.base, level=level, reward=reward)
+        return part_path(self.folder, settings, seed, "shared"), settings
+
+    def film(self, seed, variant, cell):
+        path, settings = self.shared(seed, variant.level, variant.reward)
+        row = row_of(variants.method_of(variant, dict(cell)))
+        return (part_path(self.folder, settings, seed, "film", variant, row, dots.FRAMES),
+                dots.film, settings, seed, variant, dict(cell), f"{path}.pt")
+
+    def job(self, seed, variant, cell, glance=False, **changes):
+        path, settings = self.shared(seed, variant.level, variant.reward)
+        settings, cell = replace(settings, **changes), dict(cell)
+        row = row_of(variants.method_of(variant, cell))
+        return (part_path(self.folder, settings, seed, variant.method, variant, row, glance),
+                variants.run_variant, settings, seed, variant, cell, f"{path}.pt", glance)
