@@ -167,17 +167,18 @@ class Method(NamedTuple):
     needs: str = ""        # a value model, or mismatched pairs
 
 
+# The settings are the best cells of lab/claims.py's grids.
 OFFSET_TIMES = 10          # a learned f(x) + c has this multiple of the weights' learning rate
 METHODS = {
-    "una-pair": Method("pairs", una_pair, 5e-4, 4),
-    "una-binary-mse": Method("binary", una_binary_mse, 2e-3, 0.0625),
-    "una-binary-bce": Method("binary", una_binary_bce, 2e-3, 0.125),
-    "una-binary-offset": Method("binary", una_binary_bce, 4e-3, 1, "learned"),
-    "una-score": Method("scores", una_score, 1e-3, 0.125),
-    "una-score-offset": Method("scores", una_score, 4e-3, 1, "estimated"),
+    "una-pair": Method("pairs", una_pair, 4e-3, 1),
+    "una-binary-mse": Method("binary", una_binary_mse, 2e-3, 0.03125),
+    "una-binary-bce": Method("binary", una_binary_bce, 2e-3, 0.0625),
+    "una-binary-offset": Method("binary", una_binary_bce, 2e-3, 0.25, "learned"),
+    "una-score": Method("scores", una_score, 1e-3, 0.03125),
+    "una-score-offset": Method("scores", una_score, 8e-3, 1, "estimated"),
     "una-reward-offset": Method("scores", una_reward, 4e-3, 1, "estimated"),
-    "una-mixed": Method("mixed", una_mixed, 2e-3, 0.125),
-    "dpo": Method("pairs", dpo, 5e-4, 4),
+    "una-mixed": Method("mixed", una_mixed, 2e-3, 0.0625),
+    "dpo": Method("pairs", dpo, 4e-3, 1),
     "kto": Method("binary", kto, 4e-3, 0.125, needs="mismatched pairs"),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
     "una-online-score": Method("fresh", una_online_score, 1e-3, 0.5),
@@ -196,7 +197,7 @@ def align(method, policy, batches, beta, steps, value=None, checkpoints=(), obse
     """
     trained = [*policy.parameters(), *(value.parameters() if value else [])]
     groups = [dict(params=trained)]
-    if offsets is not None and offsets.requires_grad:            # one number, one step: far to go
+    if offsets is not None and offsets.requires_grad:
         trained = [*trained, offsets]
         groups.append(dict(params=[offsets], times=OFFSET_TIMES))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)

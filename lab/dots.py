@@ -5,6 +5,8 @@ methods on the first reported seed, of the responses that pi_ref gives over 1 ti
 """
 import copy
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
@@ -131,4 +133,7 @@ def animate(dots, path):
                         "optimal on the diagonal", fontsize=10)
 
     order = [*range(FRAMES), *[FRAMES - 1] * 5]                  # it rests at the end
-    FuncAnimation(figure, show, order).save(path, PillowWriter(fps=3), dpi=80)
+    with tempfile.TemporaryDirectory() as folder:                # the writer wants a name in .gif
+        whole = Path(folder) / PICTURES[1]
+        FuncAnimation(figure, show, order).save(whole, PillowWriter(fps=3), dpi=80)
+        Path(path).write_bytes(whole.read_bytes())

@@ -20,7 +20,7 @@ from lab.compare import (
 
 OWN = {"una-binary-offset": "learned", "una-score-offset": "estimated",
        "una-reward-offset": "estimated"}
-# What each loss of stored feedback was given for f(x) + c: (words, method, offset).
+# What each loss of stored feedback was given for f(x) + c: (words, method, offset, knobs).
 OFFSETS = {
     "una-score, Eq. 13": (
         ("0", "una-score", "zero"),
@@ -39,10 +39,12 @@ OFFSETS = {
         ("the mean residual", "una-reward", "residual")),
     "una-binary-bce, Eq. 12": (
         ("0", "una-binary-bce", "zero"),
+        ("learned: `una-binary-offset`", "una-binary-offset", "learned"),
         ("one constant", "una-binary-bce", "constant"),
-        ("exact", "una-binary-bce", "exact"),
-        ("estimated, from the scores", "una-binary-bce", "estimated"),
-        ("learned: `una-binary-offset`", "una-binary-offset", "learned")),
+        ("exact", "una-binary-bce", "exact", dict(beta=0.25)),
+        ("exact, β × 1", "una-binary-bce", "exact", dict(beta=1)),
+        ("estimated, from the scores", "una-binary-bce", "estimated", dict(beta=0.25)),
+        ("estimated, β × 1", "una-binary-bce", "estimated", dict(beta=1))),
     "others": (
         ("una-binary-mse, Eq. 11: 0", "una-binary-mse", "zero"),
         ("kto: −β z₀, one number a batch", "kto", "zero"),
@@ -189,11 +191,11 @@ def prediction_rows(claims):
 def offset_rows(claims):
     rows = []
     for loss, offsets in OFFSETS.items():
-        for i, (words, method, offset) in enumerate(offsets):
+        for i, (words, method, offset, *knobs) in enumerate(offsets):
             row = [(f"{loss}: " if loss != "others" and i == 0 else "… " if i else "") + words]
             if loss == "others":
                 row = [words]
-            both = [pick(claims, method, offset, level) for level in (0.0, 1.0)]
+            both = [pick(claims, method, offset, level, **dict(*knobs)) for level in (0.0, 1.0)]
             row += [with_range(lost(runs), " %") if runs else "–" for runs in both]
             errors = [[run["offset_error"] for run in runs if "offset_error" in run]
                       for runs in both]

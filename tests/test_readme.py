@@ -1,6 +1,5 @@
 """The README is executed too: its links, its tables, its commands, its numbers."""
 import json
-import math
 import re
 import statistics
 import subprocess
@@ -12,24 +11,31 @@ import pytest
 import data
 import train
 import una
-from lab.figures import lost
+from lab import compare, figures, tables
 from lab.variants import COMPARED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLAIMS = json.loads((ROOT / "lab" / "claims.json").read_text(encoding="utf-8"))
+# What `python train.py` wrote, on seed 0, but for its dots.
+DEFAULT = json.loads((ROOT / "lab" / "default.json").read_text(encoding="utf-8"))
 DEFINED = dict(re.findall(r'^\[(\w+)\]: (\S+\s+"test_\w+")$', README, re.M))
-TESTED = ("The idea", "From equation to code to test", "Errata")
+TESTED = ("The map of methods", "From equation to code to test", "Errata")
 
 
 def section(heading):
     return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def rows(heading):
-    """The cells of a section's table, without its two heading lines."""
-    lines = [line for line in section(heading).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[2:]]
+def rows(heading, number=0):
+    """The cells of a section's table, its first unless told, without its two heading lines."""
+    table = re.findall(r"(?:^\|.*\n)+", section(heading), re.M)[number]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()[2:]]
+
+
+def block(number):
+    """What stands between the README's fences that have no language."""
+    return re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)[number].rstrip("\n")
 
 
 # ---------------------------------------------------------------- links and names
@@ -43,12 +49,9 @@ def test_every_test_that_the_readme_names_is_in_the_file_it_names():
 
 
 def test_every_row_of_the_tables_leads_to_its_test_and_no_name_is_left_over():
-    used = set()
     for heading in TESTED:
-        for cells in rows(heading):
-            (label,) = re.fullmatch(r"\[test\]\[(\w+)\]", cells[-1]).groups()
-            used.add(label)
-    assert used == set(DEFINED)
+        assert all(re.fullmatch(r"\[test\]\[\w+\]", cells[-1]) for cells in rows(heading))
+    assert set(re.findall(r"\]\[(\w+)\]", README)) == set(DEFINED)
 
 
 @pytest.mark.parametrize("page", ["README.md", "lab/README.md"])
@@ -103,11 +106,13 @@ def test_the_flags_that_the_readme_names_exist_with_the_defaults_it_gives():
         assert flag in help_text
     defaults = train.Settings()
     assert f"`--beta {defaults.beta}`" in running and f"`--steps {defaults.steps}`" in running
-    assert f"| {defaults.judged} stored responses" in section("Results")
-    assert f"{defaults.steps * defaults.batch:,} fresh samples" in section("Results")
-    assert round(defaults.steps * defaults.batch / defaults.judged) == 19
-    assert "some nineteen times" in section("Results")
-    assert f"to each of {len(data.TRAIN_PROMPTS)} prompts" in section("The toy")
+    assert f"with β = {defaults.beta}." in README
+    one_line = " ".join(README.split())
+    assert f"sees {defaults.judged:,} judged responses" in one_line
+    assert defaults.judged == defaults.steps * defaults.batch
+    assert f"to each of {len(data.TRAIN_PROMPTS)} prompts" in one_line
+    assert data.LEVELS == {"sea": -1, "wind": -1 / 3, "fire": 1 / 3, "night": 1}
+    assert "−1, −1/3, 1/3 or 1 to all rewards of a prompt" in one_line
 
 
 def test_the_two_commands_stand_in_one_block_near_the_top():
@@ -117,36 +122,62 @@ def test_the_two_commands_stand_in_one_block_near_the_top():
     assert README.index("```sh") < 1200
 
 
+def test_what_the_main_command_prints_is_what_it_printed():
+    assert block(0) == figures.table(DEFAULT)
+    settings = train.Settings()
+    for name, value in DEFAULT["settings"].items():
+        if name not in ("methods", "out", "device", "jobs"):
+            assert value == getattr(settings, name), name
+    assert DEFAULT["settings"]["methods"] == [*COMPARED]
+    for run in DEFAULT["runs"]:
+        method = train.METHODS[run["method"]]
+        assert (run["learning_rate"], run["method_beta"]) == (
+            method.learning_rate, method.beta * settings.beta), run["method"]
+
+
+def test_the_paper_in_three_responses_is_what_una_py_prints():
+    printed = subprocess.run([sys.executable, "una.py"], cwd=ROOT, capture_output=True, text=True,
+                             encoding="utf-8", check=True).stdout
+    assert block(1) == printed.rstrip("\n")
+
+
 def percent(values):
-    """A median and the ends of the range, as the table of results writes them."""
+    """A median and the ends of the range, as the tables of results write them."""
     middle, low, high = (100 * f(values) for f in (statistics.median, min, max))
     middle, low, high = (f"{v:.2g}" if v < 100 else f"{v:.0f}" for v in (middle, low, high))
     return f"{middle} % ({low} to {high})"
 
 
 def test_the_results_are_those_of_claims_json():
-    start = {entry["seed"]: entry for entry in CLAIMS["reference"]}
-    runs = [run for run in CLAIMS["runs"] if run.get("reward_source") != "model"]
-    told = {name for cells in rows("Results") for name in re.findall(r"`([\w-]+)`", cells[0])}
-    assert told == {run["method"] for run in runs} == set(COMPARED) <= set(train.METHODS)
+    told = [name for cells in rows("Results") for name in re.findall(r"`([\w-]+)`", cells[0])]
+    assert len(rows("Results")) <= 10 and len(told) == len(set(told)) > 10
+    assert set(told) < set(COMPARED) <= set(train.METHODS)
     for cells in rows("Results"):
         for name in re.findall(r"`([\w-]+)`", cells[0]):
-            own = [run for run in runs if run["method"] == name]
-            for split, cell in zip(("train", "heldout"), cells[2:]):
-                assert percent([run[split]["regret"] / start[run["seed"]][split]["regret"]
-                                for run in own]) == cell, (name, split)
-            assert all(math.isclose(lost(run), run["train"]["regret"]
-                                    / start[run["seed"]]["train"]["regret"], rel_tol=1e-6)
-                       for run in own)
+            runs = tables.pick(CLAIMS, name)
+            assert len(runs) == 8
+            assert cells[-1] == percent([lost / 100 for lost in compare.lost(runs)]), name
+
+
+def test_what_f_is_for_is_in_claims_json():
+    offsets = {"0": "zero", "one constant": "constant", "estimated": "estimated",
+               "learned": "learned", "cancels": "zero", "−β z₀": "zero", "a baseline": "zero"}
+    for name, offset, *cells in rows("Results", 1):
+        for level, cell in zip((0.0, 1.0), cells):
+            runs = tables.pick(CLAIMS, name.strip("`"), offsets[offset], level)
+            assert cell == percent([lost / 100 for lost in compare.lost(runs)]), (name, level)
 
 
 def test_the_toys_example_and_its_numbers_are_true():
-    assert "`happy sea :` → ` golden dancing sea`" in README
-    prompt = data.encode_prompts(["happy sea :"])
-    good, _ = data.encode_responses([" golden dancing sea"])
-    assert data.reward(prompt, good).item() == pytest.approx(1.9)
+    samples = DEFAULT["reference"][0]["samples"]
+    prompt = list(samples)[0]
+    assert f"responses to `{prompt}`" in section("The toy")
+    for text in samples[prompt]:
+        reward = data.reward(data.encode_prompts([prompt]), data.encode_responses([text])[0])
+        assert f"`{text}` {reward.item():+.1f}".replace("-", "−") in section("The toy")
     assert "26 tokens" in README and data.ENCODING.n_vocab == 26
     assert sum(25 ** n for n in range(5)) == 406_901 and "406,901" in README
+    assert sum(50256 ** n for n in range(5)) == pytest.approx(6e18, rel=0.1)
 
 
 # ---------------------------------------------------------------- the recipe for a new loss

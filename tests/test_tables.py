@@ -213,6 +213,61 @@ def test_una_pair_and_dpo_agree_in_every_figure_of_every_seed_and_see_no_level()
         assert one["regret"] == pytest.approx(other["regret"], abs=1e-6)
 
 
+def apart(ours, theirs, **more):
+    """Differences of what two methods lost, over the seeds."""
+    pair = [compare.lost(tables.pick(RESULTS, name, **more)) for name in (ours, theirs)]
+    return [a - b for a, b in zip(*pair)]
+
+
+def test_what_the_page_says_of_the_papers_claims_is_in_the_runs():
+    online, ppo = (tables.pick(RESULTS, name) for name in ("una-online", "ppo"))
+    ratio = median(compare.seconds(online)) / median(compare.seconds(ppo))
+    assert 0.6 < ratio < 0.73                                    # "two thirds of PPO's time"
+    assert tables.state(online) / tables.state(ppo) == pytest.approx(5 / 9, abs=0.01)
+    assert [sum(share > 100 for share in compare.lost(which)) for which in (online, ppo)] == [1, 0]
+    assert abs(lost("una-online") - lost("ppo")) < 0.05
+    for binary in ("una-binary-mse", "una-binary-bce"):
+        for level in (0.0, 1.0):
+            less = sum(share < 0 for share in apart(binary, "kto", level=level))
+            assert 4 <= less < 8, (binary, level)
+        assert min(apart("una-score", binary)) > 0               # "reversed on all seeds"
+
+
+def test_what_the_page_advises_is_in_the_runs():
+    assert 10 * lost("una-score-offset") < lost("una-score")
+    assert max(apart("una-score-offset", "una-score")) < 0
+    assert 1.5 * lost("una-binary-offset") < min(lost("una-binary-bce"), lost("kto"))
+    spread = {name: np.ptp(compare.lost(tables.pick(RESULTS, name))) for name in variants.COMPARED}
+    assert max(spread, key=spread.get) in ("dpo", "una-pair")    # "the most uneven of all"
+    errors = [run["offset_error"] for run in tables.pick(RESULTS, "una-binary-offset")]
+    assert min(errors) > 0.5                                     # "is not beta log Z(x)"
+    for level in (0.0, 1.0):
+        for offset in ("exact", "estimated"):
+            small, one = (compare.lost(tables.pick(RESULTS, "una-binary-bce", offset, level,
+                                                   beta=beta)) for beta in (0.25, 1))
+            assert min(small) > 500 and max(one) < 100           # "breaks down", "does not"
+    rows = [row for row in tables.grid_of(RESULTS, "una-pair") if row["cell"]["beta"] == 1]
+    by_rate = {row["cell"]["learning_rate"]: row["lost"] for row in rows}
+    best = tables.best_cell(RESULTS, "una-pair")["learning_rate"]
+    assert [len(by_rate[best]), len(by_rate[best / 4])] == [4, 3]
+    assert np.ptp(by_rate[best / 4]) < np.ptp(by_rate[best])     # "a quarter of it was steadier"
+
+
+def test_what_the_page_says_that_f_is_for_is_in_the_runs():
+    one = compare.lost(tables.pick(RESULTS, "una-score", "constant"))
+    estimated = compare.lost(tables.pick(RESULTS, "una-score-offset"))
+    signs = {a > b for a, b in zip(one, estimated)}
+    assert signs == {True, False}                                # "a constant does as well"
+    best = tables.best_cell(RESULTS, "una-score", "constant", 1.0)
+    moved = tables.pick(RESULTS, "una-score", "constant", 1.0)
+    assert best["beta"] == 8 and max(run["train"]["kl"] for run in moved) < 0.2
+    assert 80 < min(compare.lost(moved)) and max(compare.lost(moved)) < 100
+    for name in ("una-score-offset", "una-binary-offset"):       # "levels cost nothing"
+        assert lost(name, level=1.0) < 1.2 * lost(name)
+    assert median(compare.lost(tables.pick(RESULTS, "una-score", "held"))) > 200
+    assert 6400 == RESULTS["settings"]["judged"] // len(data.TRAIN_PROMPTS)
+
+
 def test_the_counts_that_the_page_names_are_those_of_the_runs():
     settings = RESULTS["settings"]
     assert settings["judged"] == settings["steps"] * settings["batch"] == 76_800
