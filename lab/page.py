@@ -195,17 +195,17 @@ Medians over eight seeds, and the range.
 UNA ends where PPO ends from as many samples: it loses {online}, PPO {ppo}. It does so in two thirds
 of PPO's time, with five ninths of its state in memory, and it is less stable: one run of eight
 broke down, and none of PPO's. One run can use all three kinds of feedback. That binary UNA beats
-KTO is not shown: it loses less on most seeds, but not on all of them. That score UNA beats binary
-UNA is reversed on all seeds, as long as f = c = 0.
+KTO is not shown: it loses less on half of the seeds or more, but nowhere on all of them. That score
+UNA beats binary UNA is reversed on all seeds, as long as f = c = 0.
 
 **What to do.** With a *judge* that can be asked again, ask it about the policy's own samples, and
 take `una-online` or `ppo`. With *scores* of π_ref's own responses, put the estimated f(x) + c into
 the loss: `una-score-offset` loses {estimated}, `una-score` {score}. With *binary feedback*, learn
-f(x) + c: `una-binary-offset` loses {learned}, `una-binary-bce` {bce}, `kto` {kto}. What it learns
-is not β log Z(x), and with the exact one, at the same β, it breaks down (below). With *pairs* there
-is nothing to put in, and `dpo` is the most uneven of all: it loses {dpo}. Its learning rate won on
-four tuning seeds by the median, with {dpo_tuned}; a quarter of it was steadier there, with
-{dpo_quarter} on three.
+f(x) + c: `una-binary-offset` loses {learned}, `una-binary-bce` {bce}, on seven seeds of eight more;
+`kto` {kto}. What it learns is not β log Z(x), and with the exact one, at the same β, it breaks down
+(below). With *pairs* there is nothing to put in, and `dpo` is the most uneven of all: it loses
+{dpo}. Its learning rate won on four tuning seeds by the median, with {dpo_tuned}; a quarter of it
+was steadier there, with {dpo_quarter} on three.
 
 **What f(x) is for.** Where all prompts have one level, a constant does as well as an estimate for
 each prompt: {constant} against {estimated}. Where each noun has its own level, it does not.
@@ -222,9 +222,9 @@ That the mean residual fails because nothing holds the probability: but with its
 `una-score` loses {residual}, and held constant {held}: a push on all log-probabilities alike is
 left (below). With its gradient it is uneven still, as all losses of differences are here. That
 `una-online` ends nearer to the optimum than `ppo`, since its gradient loses its noise and PPO's
-does not: that PPO had two inner steps, divided advantages, and a grid of βs that could not win.
-That no order is shown among the losses with f = c = 0: that was 4096 responses, seen nineteen
-times.
+does not: PPO's does too, unless its advantages are divided by their deviation (below); that PPO's
+were, and most of its grid had βs that could not win. That no order is shown among the losses with f
+= c = 0: that was 4096 responses, seen nineteen times.
 """
 
 CUT = """\

@@ -226,6 +226,10 @@ def test_what_the_page_says_of_the_papers_claims_is_in_the_runs():
     assert tables.state(online) / tables.state(ppo) == pytest.approx(5 / 9, abs=0.01)
     assert [sum(share > 100 for share in compare.lost(which)) for which in (online, ppo)] == [1, 0]
     assert abs(lost("una-online") - lost("ppo")) < 0.05
+    noise = {divide: median(run["curve"][-1]["gradient_noise"] / run["curve"][0]["gradient_noise"]
+                            for run in tables.pick(RESULTS, "ppo", divide=divide))
+             for divide in (False, True)}
+    assert noise[False] < 0.01 < 0.1 < noise[True]               # "PPO's does too, unless ..."
     for binary in ("una-binary-mse", "una-binary-bce"):
         for level in (0.0, 1.0):
             less = sum(share < 0 for share in apart(binary, "kto", level=level))
@@ -237,6 +241,7 @@ def test_what_the_page_advises_is_in_the_runs():
     assert 10 * lost("una-score-offset") < lost("una-score")
     assert max(apart("una-score-offset", "una-score")) < 0
     assert 1.5 * lost("una-binary-offset") < min(lost("una-binary-bce"), lost("kto"))
+    assert sum(share < 0 for share in apart("una-binary-offset", "una-binary-bce")) == 7
     spread = {name: np.ptp(compare.lost(tables.pick(RESULTS, name))) for name in variants.COMPARED}
     assert max(spread, key=spread.get) in ("dpo", "una-pair")    # "the most uneven of all"
     errors = [run["offset_error"] for run in tables.pick(RESULTS, "una-binary-offset")]
