@@ -209,9 +209,9 @@ was steadier there, with {dpo_quarter} on three.
 
 **What f(x) is for.** Where all prompts have one level, a constant does as well as an estimate for
 each prompt: {constant} against {estimated}. Where each noun has its own level, it does not.
-`una-score` with one constant loses {constant_1}: its best cell hardly moves the policy. `kto`,
-whose z₀ is one number a batch, loses {kto_1}, `una-mixed` {mixed_1}, `una-binary-bce` {bce_1} and
-`una-score` {score_1}. With a number for each prompt, levels cost nothing: `una-score-offset` loses
+`una-score` with one constant loses {constant_1}, with the largest β of its grid. `kto`, whose z₀ is
+one number a batch, loses {kto_1}, `una-mixed` {mixed_1}, `una-binary-bce` {bce_1} and `una-score`
+{score_1}. With a number for each prompt, levels cost nothing: `una-score-offset` loses
 {estimated_1}, `una-binary-offset` {learned_1}. `dpo` does not see them, its runs are the same;
 `una-online` takes them out with its baseline, {online_1}. The limits: scores of π_ref's own
 responses, 6400 a prompt, without noise, and four levels of our own making.
@@ -250,7 +250,7 @@ def facts(claims):
     tuned = {row["cell"]["learning_rate"]: [100 * share for share in row["lost"]]
              for row in tables.grid_of(claims, "una-pair") if row["cell"]["beta"] == 1}
     rate = tables.best_cell(claims, "una-pair")["learning_rate"]
-    said |= dict(dpo_tuned=with_range(tuned[rate], " %"),
+    said |= dict(dpo_tuned=with_range(tuned.get(rate, []), " %"),
                  dpo_quarter=with_range(tuned.get(rate / 4, []), " %"))
     return said | dict(
         ppo=of("ppo"), residual=of("una-score", "residual"), held=of("una-score", "held"),

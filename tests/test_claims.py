@@ -144,7 +144,7 @@ def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypat
     monkeypatch.setattr(data, "TRAIN_PROMPTS", data.TRAIN_PROMPTS[:2])
     shared = SimpleNamespace(reference=reference, reward_model=None)
 
-    def optimal_here(tokens, mask):
+    def optimal_here(tokens, mask, level):
         with torch.no_grad():
             rho = (train.model_logprob(policy, tokens, mask)
                    - train.model_logprob(reference, tokens, mask))
@@ -302,6 +302,8 @@ def rehearsal(monkeypatch, tmp_path):
         entry = dict(offset=variant.offset, level=variant.level, judged=settings.judged,
                      passes=1.0, steps=settings.steps, cell=cell, method=variant.method, seed=seed,
                      start_loss=1.0)
+        if variant.method in FRESH:
+            entry["reward_source"] = settings.reward
         if cell["learning_rate"] > 1e-2 or (variant.method, seed) in here.diverge:
             return dict(runs=entry | dict(diverged="the loss of step 9 is inf"))
         point = dict(loss=0.5, gradient_noise=1.0)
@@ -310,8 +312,6 @@ def rehearsal(monkeypatch, tmp_path):
                       regret=badness(cell) + 0.001 * seed) | point]
         entry |= dict(seconds=1.0 + 0.01 * seed, state_bytes=1000, train=FIGURES, heldout=FIGURES,
                       curve=curve)
-        if variant.method in FRESH:
-            entry["reward_source"] = settings.reward
         if settings.reward == "model":
             entry["reward_model"] = dict(accuracy=0.8, model_gain=0.5 + seed / 100, judge_gain=0.5)
         return dict(runs=entry)

@@ -35,7 +35,8 @@ def rows(heading, number=0):
 
 def block(number):
     """What stands between the README's fences that have no language."""
-    return re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)[number].rstrip("\n")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [text for language, text in blocks if not language][number].rstrip("\n")
 
 
 # ---------------------------------------------------------------- links and names
@@ -59,7 +60,13 @@ def test_every_link_leads_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert len(links) > 5
+    headings = {"#" + heading.lower().replace(" ", "-")
+                for heading in re.findall(r"^## (.*)$", text, re.M)}
     for target in links:
+        if target.startswith("#"):
+            assert target in headings, target
+            continue
+        target = target.split("#")[0]
         assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists()
 
 
@@ -110,7 +117,7 @@ def test_the_flags_that_the_readme_names_exist_with_the_defaults_it_gives():
     one_line = " ".join(README.split())
     assert f"sees {defaults.judged:,} judged responses" in one_line
     assert defaults.judged == defaults.steps * defaults.batch
-    assert f"to each of {len(data.TRAIN_PROMPTS)} prompts" in one_line
+    assert f"It answers {len(data.TRAIN_PROMPTS)} prompts in turn" in one_line
     assert data.LEVELS == {"sea": -1, "wind": -1 / 3, "fire": 1 / 3, "night": 1}
     assert "−1, −1/3, 1/3 or 1 to all rewards of a prompt" in one_line
 
