@@ -203,28 +203,28 @@ take `una-online` or `ppo`. With *scores* of π_ref's own responses, put the est
 the loss: `una-score-offset` loses {estimated}, `una-score` {score}. With *binary feedback*, learn
 f(x) + c: `una-binary-offset` loses {learned}, `una-binary-bce` {bce}, on seven seeds of eight more;
 `kto` {kto}. What it learns is not β log Z(x), and with the exact one, at the same β, it breaks down
-(below). With *pairs* there is nothing to put in, and `dpo` is the most uneven of all: it loses
-{dpo}. Its learning rate won on four tuning seeds by the median, with {dpo_tuned}; a quarter of it
-was steadier there, with {dpo_quarter} on three.
+(below). With *pairs* there is nothing to put in, and `dpo` is the most uneven of the methods: it
+loses {dpo}. Its learning rate won on four tuning seeds by the median, with {dpo_tuned}; a quarter
+of it was steadier there, with {dpo_quarter} on three.
 
-**What f(x) is for.** Where all prompts have one level, a constant does as well as an estimate for
-each prompt: {constant} against {estimated}. Where each noun has its own level, it does not.
-`una-score` with one constant loses {constant_1}, with the largest β of its grid. `kto`, whose z₀ is
-one number a batch, loses {kto_1}, `una-mixed` {mixed_1}, `una-binary-bce` {bce_1} and `una-score`
-{score_1}. With a number for each prompt, levels cost nothing: `una-score-offset` loses
-{estimated_1}, `una-binary-offset` {learned_1}. `dpo` does not see them, its runs are the same;
-`una-online` takes them out with its baseline, {online_1}. The limits: scores of π_ref's own
-responses, 6400 a prompt, without noise, and four levels of our own making.
+**What f(x) is for.** Where all prompts have one level, no difference is shown between a constant
+and an estimate for each prompt: {constant} against {estimated}. Where each noun has its own level,
+it does not. `una-score` with one constant loses {constant_1}, with the largest β of its grid.
+`kto`, whose z₀ is one number a batch, loses {kto_1}, `una-mixed` {mixed_1}, `una-binary-bce`
+{bce_1} and `una-score` {score_1}. With a number for each prompt, levels cost nothing:
+`una-score-offset` loses {estimated_1}, `una-binary-offset` {learned_1}. `dpo` does not see them,
+its runs are the same; `una-online` takes them out with its baseline, {online_1}. The limits: scores
+of π_ref's own responses, 6400 a prompt, without noise, and four levels of our own making.
 
 **What earlier versions of this page said, and what overturned it.** That the offset cannot be had
 from the same feedback: but Z(x) is a mean over π_ref's responses, and the stored ones are π_ref's.
 That the mean residual fails because nothing holds the probability: but with its gradient
-`una-score` loses {residual}, and held constant {held}: a push on all log-probabilities alike is
-left (below). With its gradient it is uneven still, as all losses of differences are here. That
-`una-online` ends nearer to the optimum than `ppo`, since its gradient loses its noise and PPO's
-does not: PPO's does too, unless its advantages are divided by their deviation (below); that PPO's
-were, and most of its grid had βs that could not win. That no order is shown among the losses with f
-= c = 0: that was 4096 responses, seen nineteen times.
+`una-score` loses {residual}, and held constant {held}, more on seven seeds of eight: a push on all
+log-probabilities alike is left (below). With its gradient it is uneven still, as all losses of
+differences are here. That `una-online` ends nearer to the optimum than `ppo`, since its gradient
+loses its noise and PPO's does not: PPO's does too, unless its advantages are divided by their
+deviation (below); that PPO's were, and most of its grid had βs that could not win. That no order is
+shown among the losses with f = c = 0: that was 4096 responses, seen nineteen times.
 """
 
 CUT = """\
