@@ -350,7 +350,7 @@ def model_reward(reward_model, tokens, mask):
     return (after_prompt(reward_model, tokens) * last).sum(1)
 
 
-def train_reward_model(settings, seed, reference, feedback):
+def train_reward_model(settings, seed, reference, feedback, learning_rate=3e-4):
     """r_phi: Eq. 2 on the pairs, from the reference's weights with a scalar head. Frozen."""
     reward_model = ScalarGPT(reference).to(feedback.tokens.device)
     optimizer = torch.optim.Adam(reward_model.parameters(), betas=(0.9, 0.99), fused=True)
@@ -360,7 +360,7 @@ def train_reward_model(settings, seed, reference, feedback):
         chosen, rejected = (model_reward(reward_model, feedback.tokens[rows], feedback.mask[rows])
                             for rows in next(batches).T)
         loss = una.reward_model_loss(chosen, rejected).mean()
-        descend(optimizer, loss, 3e-4, step, settings.steps)
+        descend(optimizer, loss, learning_rate, step, settings.steps)
         run.show(f"reward model | step {step} of {settings.steps}")
     reward_model.zero_grad()
     return reward_model.requires_grad_(False)

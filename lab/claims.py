@@ -75,35 +75,42 @@ def grown(grid, best):
     return grid
 
 
-def tune(parts):
-    """claims.json's rows of the grids: what every cell lost, on the seeds where it ran."""
-    lost, grids = {variant: {} for variant in GRIDS}, dict(GRIDS)
+def tune(grids, lost_of, moves):
+    """{(key, cell): what it lost on each tuning seed that it ran on}, and {key: its best cell}.
 
-    def best(variant, count=1):
-        ranked = sorted(lost[variant], key=lambda cell: (-len(lost[variant][cell]),
-                                                         median(lost[variant][cell])))
+    grids: {key: grid}, which grow `moves` times at most. lost_of(title, seed, [(key, cell), ...])
+    runs cells and tells what each lost.
+    """
+    lost, grids = {key: {} for key in grids}, dict(grids)
+
+    def best(key, count=1):
+        ranked = sorted(lost[key], key=lambda cell: (-len(lost[key][cell]),
+                                                     median(lost[key][cell])))
         return ranked[:count]
 
     def run_all(title, seed, cells):
-        todo = [(variant, cell) for variant in GRIDS for cell in cells(variant)]
-        todo.sort(key=lambda pair: (pair[0].level, pair[0].reward))        # one file after another
-        found = finish(parts.pool, title, [parts.job(seed, *pair, glance=True) for pair in todo])
-        for (variant, cell), part in zip(todo, found):
-            lost[variant].setdefault(cell, []).append(figures.lost(part["runs"]))
+        todo = [(key, cell) for key in grids for cell in cells(key)]
+        for (key, cell), share in zip(todo, lost_of(title, seed, todo)):
+            lost[key].setdefault(cell, []).append(share)
 
     first, *others = TUNING_SEEDS
-    for move in range(1 + MOVES):
-        new = {variant: [cell for cell in cells_of(grid) if cell not in lost[variant]]
-               for variant, grid in grids.items()}
+    for move in range(1 + moves):
+        new = {key: [cell for cell in cells_of(grid) if cell not in lost[key]]
+               for key, grid in grids.items()}
         run_all(f"grids, move {move}", first, new.get)
-        if move < MOVES:
-            grids = {variant: grown(grid, *best(variant)) for variant, grid in grids.items()}
+        if move < moves:
+            grids = {key: grown(grid, *best(key)) for key, grid in grids.items()}
     for count, seed in zip(KEPT, others):
-        kept = {variant: best(variant, count) for variant in GRIDS}
+        kept = {key: best(key, count) for key in grids}
         run_all(f"the better {count}", seed, kept.get)
-    return [dict(variant._asdict(), cell=dict(cell), best=[cell] == best(variant),
+    return lost, {key: best(key)[0] for key in grids}
+
+
+def rows_of(lost, chosen, words):
+    """How a JSON file tells them: a row for each cell. words(key) says what the key is."""
+    return [dict(words(key), cell=dict(cell), best=cell == chosen[key],
                  lost=[share if share < math.inf else None for share in shares])
-            for variant in GRIDS for cell, shares in lost[variant].items()]
+            for key in lost for cell, shares in lost[key].items()]
 
 
 # ---------------------------------------------------------------- what is reported
@@ -180,9 +187,16 @@ def settle(settings):
     with run.Jobs(settings.jobs) as pool:
         parts = Parts(pool, settings)
         parts.prepared(TUNING_SEEDS, KINDS)
-        tuning = tune(parts)
-        chosen = {Variant(*(row[name] for name in Variant._fields)): tuple(row["cell"].items())
-                  for row in tuning if row["best"]}
+
+        def lost_of(title, seed, cells):
+            one_file_after_another = sorted(cells, key=lambda pair: (pair[0].level, pair[0].reward))
+            found = finish(pool, title, [parts.job(seed, *pair, glance=True)
+                                         for pair in one_file_after_another])
+            lost = {pair: figures.lost(part["runs"])
+                    for pair, part in zip(one_file_after_another, found)}
+            return [lost[pair] for pair in cells]
+
+        lost, chosen = tune(GRIDS, lost_of, MOVES)
         prepared = parts.prepared(REPORTED_SEEDS, KINDS)[KINDS[0]]
         told = list(reported(chosen, settings))
         found = finish(pool, "reported seeds", [
@@ -194,7 +208,8 @@ def settle(settings):
     claims = dict(settings=asdict(settings) | dict(seed=REPORTED_SEEDS[0],
                                                    seeds=len(REPORTED_SEEDS)),
                   device=settings.device, versions=run.versions(), predictions=PREDICTIONS,
-                  tuning=tuning, reference=[], optimum=[], runs=[part["runs"] for part in found],
+                  tuning=rows_of(lost, chosen, Variant._asdict), reference=[], optimum=[],
+                  runs=[part["runs"] for part in found],
                   dots=[part["dots"] for part in films])
     for part in prepared:
         for kind, entry in part.items():

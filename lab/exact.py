@@ -61,6 +61,33 @@ def all_logprobs(model, prompt, max_tokens, eot):
     return torch.cat(levels)
 
 
+@torch.no_grad()
+def all_rewards(reward_model, prompt, max_tokens, eot):
+    """What a reward model gives every response to one prompt (P,) int: (Y,), as all_responses.
+
+    It is read at a response's last token. So each response costs a token, the longest too: some
+    seconds for a prompt's 406,901, where all_logprobs takes a fifth of one.
+    """
+    words = torch.tensor([token for token in range(reward_model.config.vocab_size) if token != eot])
+    words, end = words.to(prompt.device), torch.tensor([eot], device=prompt.device)
+
+    def follow(cache, tokens):                                   # N strings, K tokens
+        """The value of each string with each token behind it, (N K,), and the cache of these."""
+        n = cache[0][0].shape[0]
+        cache = [tuple(part.repeat_interleave(len(tokens), 0) for part in layer) for layer in cache]
+        return reward_model(tokens.repeat(n)[:, None], cache)[:, 0], cache
+
+    cache, levels = [], []
+    reward_model(prompt[None], cache)
+    for n in range(max_tokens):
+        levels.append(follow(cache, end)[0])                     # n words, then end-of-text
+        if n < max_tokens - 1:
+            cache = follow(cache, words)[1]
+    chunks = zip(*(zip(*(part.split(100) for part in layer)) for layer in cache))
+    levels += [follow([*chunk], words)[0] for chunk in chunks]   # cut off: too many for one pass
+    return torch.cat(levels)
+
+
 # ---------------------------------------------------------------- what no policy changes
 def policy_logprobs(model, prompts):
     """log pi(y|x) of every response to prompts (P, 3) int. Returns (P, Y), nats.

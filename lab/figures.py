@@ -48,6 +48,10 @@ def line(entries):
         return f"{entries['dots']['method']}, level {entries['dots']['level']:g}"
     if "reference" in entries:
         return f"seed {entries['reference']['seed']} | {stages(entries['reference']['stages'])}"
+    if "model" in entries:
+        entry = entries["model"]
+        return (f"seed {entry['seed']} | reward model of {entry['judged']} | ceilings "
+                + " ".join(f"β × {beta:g}: {share:.1%}" for beta, share in entry["ceilings"]))
     entry = entries["runs"]
     parts = [f"seed {entry['seed']}", f"{entry['method']:<17}"]
     if "diverged" in entry:

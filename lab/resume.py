@@ -14,7 +14,8 @@ from pathlib import Path
 from lab import dots, figures, run, variants
 
 ROOT = Path(__file__).parent.parent
-TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/variants.py")
+TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/variants.py",
+          "lab/rewards.py", "lab/dots.py")
 
 
 def syntax(source):
