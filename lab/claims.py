@@ -1,9 +1,9 @@
 """The paper's claims, settled: variants are tuned on grids, the best cell is run on other seeds.
 
     python -m lab.claims                 resumes; two to three hours on two cores
-    python -m lab.claims --tables        page and pictures anew, from claims.json alone
+    python -m lab.claims --tables        page and pictures anew, from claims.json and budget.json
 
-Writes claims.json, README.md and four pictures into a folder. In its parts/ lies each run by
+Writes claims.json, README.md and its pictures into a folder. In its parts/ lies each run by
 itself.
 """
 import itertools
@@ -18,7 +18,7 @@ from statistics import median
 import torch
 
 import train
-from lab import dots, figures, memory, page, run, tables, variants
+from lab import budget_tables, dots, figures, memory, page, run, tables, variants
 from lab.resume import Parts, finish
 from lab.run import setting, whole
 from lab.variants import Variant
@@ -221,14 +221,18 @@ def settle(settings):
 
 
 def write_page(claims, folder):
-    """README.md and the pictures, from what claims.json says."""
+    """README.md and the pictures, from what claims.json says, and budget.json if it is there."""
+    path = Path(folder) / "budget.json"
+    budget = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     shown = claims | dict(runs=[entry for entry in tables.main_runs(claims)
                                 if "diverged" not in entry])
     for name, draw, height in (("frontier.png", figures.draw_frontier, 5),
                                ("regret-over-time.png", figures.draw_regret, 4.5)):
         figures.picture(os.path.join(folder, name), draw, shown, figsize=(8.5, height))
     dots.draw_pictures(claims["dots"], folder)
-    text = page.page(claims)
+    if budget:
+        budget_tables.draw_pictures(claims, budget, folder)
+    text = page.page(claims, budget)
     run.save(os.path.join(folder, "README.md"),
              lambda partial: Path(partial).write_text(text, encoding="utf-8"))
 

@@ -1,10 +1,11 @@
 """The claims' page, README.md: the text between the tables, and the tables in it.
 
-Its facts are held against claims.json by tests/test_tables.py; numbers in braces are claims.json's.
+Its facts are held against claims.json and budget.json by tests/test_tables.py and
+tests/test_budget.py; numbers in braces are theirs.
 """
 import textwrap
 
-from lab import tables
+from lab import budget_tables, tables
 from lab.compare import lost, with_range
 
 PAGE = """\
@@ -89,6 +90,7 @@ The same cells on 4096 judged responses, seen nineteen times. They were not tune
 
 {passes}
 
+{budget}
 ## Beyond the paper
 
 {beyond}
@@ -155,7 +157,8 @@ Medians over the seeds, and the range of what was lost:
 `DIR/parts/`, so that a call goes on where the last one stopped. Whatever changes in the code that
 trains, comments and the settings of other methods apart, makes them anew. The prepared seeds take
 four gigabytes there; when claims.json is written, nothing needs `parts/` any more.
-`python -m lab.claims --tables` makes this page and the pictures from claims.json alone.
+`python -m lab.claims --tables` makes this page and the pictures from claims.json and budget.json
+alone. `python -m lab.budget --out DIR` makes that one, from DIR's claims.json.
 
 A results.json, which `python train.py` writes, has
 
@@ -185,7 +188,72 @@ claims.json has, beside these,
   `gradient_noise` of every point of the curve;
 - `dots`, of some methods, frame by frame; `predictions`; `peak_memory`.
 
+budget.json has `predictions`, `tuning` and `runs` as claims.json has, `judged` in each, and
+
+- `models`, one for each seed and size of a reward model: `cell`, with β as a multiple of the
+  task's; `ceilings`, [β, lost] of its exact optimum; `reference`, `ceiling` and the online `runs`
+  on it, each measured by the judge (`train`) and by the model (`by_model`).
+
 [tests/test_tables.py](../tests/test_tables.py) holds what is said here against those numbers.
+"""
+
+BUDGET = """\
+## How many judgements
+
+`python -m lab.budget` made this section and the next, in an hour and a half on two cores. Every run
+is in [budget.json](budget.json). All is at level 1.
+
+![Lost against the number of judged responses, for every method](judgements.png)
+
+{sizes}
+
+- Stored feedback: lost from so many judged responses. Each method is tuned at each size: learning
+  rate × β × steps (100, 200 or 400, so 16 to 64 passes over 1200). The grids begin with 18 cells
+  and grow once at most; else as under [Fairness](#fairness).
+- With 76,800 the runs are those of the sections above, 400 steps, one pass. Only `una-mixed` was
+  tuned anew there, since it had level 0's cell.
+- **To n % of the gain**: judged responses, read off the medians between the sizes, on a log scale.
+  A pair takes one judgement of two responses, a score or a label one of one: in parentheses the
+  judgements, where they are fewer.
+- Online: fresh responses judged so far, on the way to 400 steps. Shorter runs, whose learning rate
+  comes down sooner, would do better with few; they were not tried.
+
+{size_cells}
+
+{judgements}
+
+## What a reward model costs
+
+A policy can be no better than the optimum of the reward that it is trained on. A reward model can
+be asked about all 406,901 responses to a prompt, so its optimum π_ref e^{{r/β}} / Z is known
+([rewards.py](rewards.py)). What that loses by the judge's measure no optimiser can win back. What
+an optimiser loses by the model's measure is its own loss.
+
+![Lost against pairs, and reward gained by the model and by the judge](reward-model.png)
+
+{models}
+
+- The same feedback as above: 1200 judged responses are 600 pairs, a few less where both are the
+  same. The model begins from π_ref's weights (Eq. 2).
+- Tuned at each size: its learning rate × steps × the β of its optimum, by what the optimum loses
+  under the judge on four of the training prompts; listing rewards takes a minute for all twelve.
+- The online methods have the cells that the grids above found on a reward model, and that β in
+  their objective. **By the model**: of what the model's own optimum gains by the model's rewards.
+
+{exploitation}
+
+{reward_models}
+
+Predicted before any of these ran:
+
+{budget_predictions}
+
+"""
+
+JUDGEMENTS = """\
+"""
+
+REWARD_MODELS = """\
 """
 
 CONCLUSIONS = """\
@@ -257,8 +325,19 @@ def facts(claims):
         online_model=of("una-online", reward="model"), ppo_model=of("ppo", reward="model"))
 
 
-def page(claims):
-    said = facts(claims)
-    paragraphs = [textwrap.fill(paragraph.format(**said), 100, break_on_hyphens=False)
-                  for paragraph in CONCLUSIONS.split("\n\n")]
-    return PAGE.format(**tables.tables(claims), cut=CUT, conclusions="\n\n".join(paragraphs))
+def budget_section(claims, budget):
+    return BUDGET.format(
+        judgements=filled(JUDGEMENTS, {}), reward_models=filled(REWARD_MODELS, {}),
+        **budget_tables.all_tables(claims, budget))
+
+
+def filled(text, said):
+    """Paragraphs with their numbers, in lines of 100 characters."""
+    return "\n\n".join(textwrap.fill(paragraph.format(**said), 100, break_on_hyphens=False)
+                       for paragraph in text.split("\n\n"))
+
+
+def page(claims, budget=None):
+    """budget: what budget.json says, if it is there."""
+    return PAGE.format(**tables.tables(claims), cut=CUT, conclusions=filled(
+        CONCLUSIONS, facts(claims)), budget=budget_section(claims, budget) if budget else "")

@@ -298,7 +298,7 @@ def edges(rows):
 
 def cell_text(cell):
     words = dict(learning_rate="", beta="β × ", epochs="inner steps ", divide="divided: ",
-                 leave_one_out="leave one out: ")
+                 leave_one_out="leave one out: ", steps="")
     return ", ".join(words[knob] + ({True: "yes", False: "no"}[value] if isinstance(value, bool)
                                     else f"{value:g}") for knob, value in cell.items())
 

@@ -12,7 +12,7 @@ import models
 import short_train
 import train
 import una
-from lab import budget, claims, exact, rewards, variants
+from lab import budget, budget_tables, claims, exact, rewards, variants
 from lab.variants import Variant
 from model import ScalarGPT
 from short_train import small
@@ -241,6 +241,38 @@ def test_a_miniature_is_interrupted_resumed_and_the_same_as_one_in_a_piece(
     assert {row["method"] for row in a["tuning"] if row["best"]} == {
         *(variant.method for variant, _ in budget.GRIDS), "reward model"}
     assert all(entry["level"] == 1 for entry in a["runs"])
+
+
+# ---------------------------------------------------------------- tables and pictures
+def test_who_needs_how_many_is_read_off_the_medians_on_a_log_scale():
+    points = [(1200, [60.0, 80.0, 70.0]), (9600, [20.0, 90.0, 20.0]), (76_800, [2.0, 1.0, 3.0])]
+    value, text = budget_tables.needed(points, 50)               # from 70 to 20 %
+    assert value == pytest.approx(1200 * 8 ** (math.log(70 / 50) / math.log(70 / 20)))
+    assert text == "2,100"
+    value, text = budget_tables.needed(points, 90)               # from 20 to 2 %
+    assert value == pytest.approx(9600 * 8 ** (math.log(2) / math.log(10))) and text == "18,000"
+    assert budget_tables.needed(points, 99) == (math.inf, "> 76,800")
+    assert budget_tables.needed(points, 20) == (1200, "≤ 1,200")
+    rising = [(1200, [5.0]), (9600, [50.0]), (76_800, [80.0])]   # more may be worse
+    assert budget_tables.needed(rising, 90) == (1200, "≤ 1,200")
+    assert budget_tables.needed([(1200, [math.inf]), (9600, [1.0])], 90)[0] == 9600
+
+
+def test_a_pair_is_one_judgement_of_two_responses():
+    assert budget_tables.both_ways(2345.0, "2,300", 1) == "2,300"
+    assert budget_tables.both_ways(2345.0, "2,300", 1 / 2) == "2,300 (1,200)"
+    assert budget_tables.both_ways(1200, "≤ 1,200", 5 / 6) == "≤ 1,200 (≤ 1,000)"
+    assert budget_tables.both_ways(math.inf, "> 76,800", 1 / 2) == "> 76,800"
+    weights = {name: weight for name, _, _, weight in budget_tables.STORED}
+    kinds = {name: train.METHODS[method].feedback
+             for name, method, _, _ in budget_tables.STORED}
+    assert {name for name, weight in weights.items() if weight == 1 / 2} == {
+        name for name, kind in kinds.items() if kind == "pairs"}
+    feedback = train.collect_feedback(train.Settings(device="cpu", judged=96), 0,
+                                      small().reference)
+    batch = next(data.stored_batches("mixed", feedback, 10**6, 0))   # all of it
+    items = len(batch.chosen) + len(batch.binary) + len(batch.scored)
+    assert items == pytest.approx(weights["una-mixed"] * 96, abs=2)  # but for identical pairs
 
 
 def test_without_claims_there_is_one_line_and_status_2(tmp_path, capsys):
