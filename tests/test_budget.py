@@ -201,7 +201,7 @@ def test_a_miniature_is_interrupted_resumed_and_the_same_as_one_in_a_piece(
         monkeypatch.setattr(budget, name, {
             (variant, min(size, 48)): {knob: values[:1 + (knob == "beta")] if knob != "steps"
                                        else (2,) for knob, values in grid.items()}
-            for (variant, size), grid in getattr(budget, name).items()})
+            for (variant, size), grid in [*getattr(budget, name).items()][::4]})
     for module in (budget, claims):
         monkeypatch.setattr(module, "TUNING_SEEDS", range(100, 102))
         monkeypatch.setattr(module, "REPORTED_SEEDS", range(21, 23))
@@ -217,7 +217,7 @@ def test_a_miniature_is_interrupted_resumed_and_the_same_as_one_in_a_piece(
 
     def interrupted(*arguments):
         calls.append(arguments)
-        if len(calls) == 20:
+        if len(calls) == 7:
             raise KeyboardInterrupt
         return run_variant(*arguments)
 
