@@ -68,8 +68,8 @@ def policy_by(by, method, folder, seed):
                "--learning_rate", row.learning_rate, "--adam_beta2", 0.99, "--max_steps", STEPS,
                "--per_device_train_batch_size", round(BATCH * rows / train.Settings().judged),
                "--warmup_steps", STEPS // 20, "--lr_scheduler_type", "linear", "--seed", seed,
-               "--save_strategy", "no", "--use_cpu", "True", "--report_to", "none",
-               "--output_dir", out)
+               "--per_device_eval_batch_size", 1024, "--save_strategy", "no", "--use_cpu", "True",
+               "--report_to", "none", "--output_dir", out)
     told = subprocess.run(
         [sys.executable, str(HERE / "toy_as_transformers.py"), str(folder), "--evaluate", str(out),
          "--json"], stdout=subprocess.PIPE, text=True, check=True)
@@ -82,8 +82,8 @@ def main(folder):
     folders = {seed: folder / f"seed-{seed}" for seed in SEEDS}
     jobs = [("ours", seed, partial(ours, folders[seed], seed)) for seed in SEEDS]
     jobs += [(f"{by}-{method}", seed, partial(policy_by, by, method, folders[seed], seed))
-             for seed in SEEDS for by, methods in (("own_model.py", OWN), ("TRL", TRL))
-             for method in methods]
+             for by, methods in (("TRL", TRL), ("own_model.py", OWN))
+             for seed in SEEDS for method in methods]
 
     def result(job):
         name, seed, work = job
