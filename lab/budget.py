@@ -1,6 +1,6 @@
 """What a person with a budget asks: how many judgements, and what a reward model costs.
 
-    python -m lab.budget                 resumes; an hour and a half on two cores
+    python -m lab.budget                 resumes; two hours on two cores
 
 Stored feedback on 1200, 9600 and 76,800 judged responses, each method tuned at each size; and
 reward models of the pairs among these, with their exact optima. All of it at level 1, by the rules

@@ -22,10 +22,14 @@ PICTURES = ("judgements.png", "reward-model.png")
 
 
 # ---------------------------------------------------------------- which runs
-def pick(claims, budget, method, offset, size):
-    """The reported runs of a method of stored feedback at level 1, one for each seed."""
+def pick(claims, budget, method, offset, size, like=None):
+    """The reported runs of a method of stored feedback at level 1, one for each seed.
+
+    like: a run whose cell and steps they have.
+    """
     found = [run for run in budget["runs"] if (run["method"], run["offset"], run["judged"])
-             == (method, offset, size)]
+             == (method, offset, size)
+             and (like is None or (run["cell"], run["steps"]) == (like["cell"], like["steps"]))]
     return found or tables.pick(claims, method, offset, level=1.0, judged=size)
 
 
@@ -239,8 +243,8 @@ def draw_judgements(figure, claims, budget):
     beside(axes, 100, "the reference")
     axes.set(xscale="log", yscale="log", xlabel="judged responses", ylim=(0.02, 2000),
              ylabel="lost: percent of the possible gain")
-    axes.set_title("A number for each prompt is worth more than 64 times the judgements:\n"
-                   "dotted f = c = 0, solid estimated or free, dashed learned (level 1)",
+    axes.set_title("One learned number a prompt is worth more than 64 times the scores\n"
+                   "(f(x) + c: dotted 0, solid estimated or free, dashed learned; level 1)",
                    fontsize=10)
     figure.legend(fontsize=8, loc="outside right")
 
@@ -268,7 +272,8 @@ def draw_models(figure, claims, budget):
     left.set(xscale="log", yscale="log", xlabel="judged pairs",
              ylabel="lost by the judge: percent of the possible gain")
     left.set_title("The detour over a reward model", fontsize=10)
-    left.legend(fontsize=8)
+    left.set_ylim(1)
+    left.legend(fontsize=7, loc="lower left")
     for i, size in enumerate(SIZES):
         both = np.array([gains(model, "ceiling") for model in models(budget, size)])
         right.scatter(both[:, 1], both[:, 0], color=figures.COLORS[i], s=22,

@@ -1,18 +1,21 @@
 """How many judgements, and what a reward model costs: what is run, and what is measured."""
 import json
 import math
+import statistics
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import data
 import models
 import short_train
 import train
 import una
-from lab import budget, budget_tables, claims, exact, rewards, variants
+from lab import budget, budget_tables, claims, compare, exact, rewards, variants
 from lab.variants import Variant
 from model import ScalarGPT
 from short_train import small
@@ -276,6 +279,74 @@ def test_a_pair_is_one_judgement_of_two_responses():
     batch = next(data.stored_batches("mixed", feedback, 10**6, 0))   # all of it
     items = len(batch.chosen) + len(batch.binary) + len(batch.scored)
     assert items == pytest.approx(weights["una-mixed"] * 96, abs=2)  # but for identical pairs
+
+
+LAB = Path(budget.__file__).parent
+CLAIMS, RESULTS = (json.loads((LAB / name).read_text(encoding="utf-8"))
+                   for name in ("claims.json", "budget.json"))
+
+
+def shares(method, offset, size, like=None):
+    """Lost, in percent, of the reported seeds."""
+    return compare.lost(budget_tables.pick(CLAIMS, RESULTS, method, offset, size, like))
+
+
+def test_budget_json_is_complete():
+    assert RESULTS["predictions"] == budget.PREDICTIONS
+    seeds = [*claims.REPORTED_SEEDS]
+    for variant, size in budget.GRIDS:
+        runs = budget_tables.pick(CLAIMS, RESULTS, variant.method, variant.offset, size)
+        assert [entry["seed"] for entry in runs] == seeds, (variant, size)
+        (best,) = [row for row in RESULTS["tuning"] if row["best"] and (
+            row["method"], row.get("offset"), row["judged"])
+            == (variant.method, variant.offset, size)]
+        assert runs[0]["cell"] | dict(steps=runs[0]["steps"]) == best["cell"]
+    for size in budget_tables.SIZES:
+        assert [model["seed"] for model in budget_tables.models(RESULTS, size)] == seeds
+    for name in budget.ONLINE:
+        assert sum(entry["method"] == name for entry in RESULTS["runs"]) == 8
+
+
+def test_the_figures_of_the_pictures_are_those_of_the_two_files():
+    figure = Figure()
+    budget_tables.draw_judgements(figure, CLAIMS, RESULTS)
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    for name, method, offset, _ in budget_tables.STORED:
+        expected = [statistics.median(shares(method, offset, size))
+                    for size in (1200, 9600, 76_800)]
+        assert lines[name] == pytest.approx(expected), name
+    for name in budget.ONLINE:
+        runs = [entry for entry in RESULTS["runs"] if entry["method"] == name]
+        last = [100 * entry["curve"][-1]["regret"] / entry["curve"][0]["regret"] for entry in runs]
+        assert lines[f"{name}, fresh"][-1] == pytest.approx(statistics.median(last))
+    figure = Figure()
+    budget_tables.draw_models(figure, CLAIMS, RESULTS)
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    for label, entry_of in (("the model's optimum", lambda model: model["ceiling"]),
+                            ("ppo on the model", lambda model: model["runs"]["ppo"])):
+        expected = [statistics.median(
+            100 * entry_of(model)["train"]["regret"] / model["reference"]["train"]["regret"]
+            for model in RESULTS["models"] if model["judged"] == size)
+            for size in (1200, 9600, 76_800)]
+        assert lines[label] == pytest.approx(expected)
+
+
+def test_what_the_page_says_of_budgets_is_so():
+    median = statistics.median
+    few = shares("una-score", "learned", 1200)                   # the title of the picture
+    assert max(few) < min(shares("una-score", "zero", 76_800))
+    assert median(few) < median(shares("dpo", "zero", 76_800))
+    for cell_of in (("una-score-offset", "estimated"), ("una-score", "learned")):
+        like = budget_tables.pick(CLAIMS, RESULTS, *cell_of, 1200)[0]
+        assert median(few) < median(shares("una-score", "exact", 1200, like))
+    zero = [median(shares("una-score", "zero", size)) for size in (1200, 9600, 76_800)]
+    assert max(zero) < 1.1 * min(zero)
+    assert max(shares("una-binary-offset", "learned", 9600)) < min(
+        shares("una-binary-bce", "zero", 76_800))
+    for model in RESULTS["models"]:                              # tuned for the model's own optimum
+        assert dict(map(tuple, model["ceilings"]))[model["cell"]["beta"]] == pytest.approx(
+            model["ceiling"]["train"]["regret"] / model["reference"]["train"]["regret"])
+        assert model["ceiling"]["by_model"]["regret"] == pytest.approx(0, abs=1e-6)
 
 
 def test_without_claims_there_is_one_line_and_status_2(tmp_path, capsys):

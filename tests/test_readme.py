@@ -175,6 +175,18 @@ def test_the_results_and_what_f_is_for_are_those_of_claims_json():
                 assert cell == percent([lost / 100 for lost in compare.lost(runs)]), (name, level)
 
 
+def test_the_trainers_on_the_toy_are_those_of_on_the_toy_json():
+    told = json.loads((ROOT / "examples" / "on_the_toy.json").read_text(encoding="utf-8"))
+    table = rows("On your own model")
+    for by, column in (("train.py", 1), ("own_model.py", 2), ("TRL", 3)):
+        runs = [run for run in told["runs"] if run["by"] == by]
+        for cells in table:
+            lost = [run["lost"] for run in runs if run["method"] == cells[0].strip("`")]
+            assert cells[column] == (percent(lost) if lost else "–"), (by, cells[0])
+            assert len(lost) in (0, 3)
+        assert {run["method"] for run in runs} <= {cells[0].strip("`") for cells in table}
+
+
 def test_the_toys_example_and_its_numbers_are_true():
     samples = DEFAULT["reference"][0]["samples"]
     prompt = list(samples)[0]

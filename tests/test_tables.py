@@ -17,6 +17,7 @@ from lab.variants import Variant
 LAB = Path(__file__).parent.parent / "lab"
 README = (LAB / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((LAB / "claims.json").read_text(encoding="utf-8"))
+BUDGET = json.loads((LAB / "budget.json").read_text(encoding="utf-8"))
 ONE_LINE = " ".join(README.split())
 SEEDS = list(claims.REPORTED_SEEDS)
 
@@ -102,22 +103,27 @@ def test_what_is_at_an_end_of_a_grid_is_said():
 
 # ---------------------------------------------------------------- the page is claims.json's
 def test_the_pages_numbers_are_those_of_claims_json():
-    assert page(RESULTS) == README
+    assert page(RESULTS, BUDGET) == README
     altered = json.loads(json.dumps(RESULTS))
     for run in altered["runs"]:
         run["curve"][-1]["regret"] += 0.1 * (1 + run["seed"] % 3)
-    assert page(altered) != README
+    assert page(altered, BUDGET) != README
+    altered = json.loads(json.dumps(BUDGET))
+    for entry in altered["runs"]:
+        entry["curve"][-1]["regret"] += 0.1
+    assert page(RESULTS, altered) != README
+    assert "## How many judgements" not in page(RESULTS)         # before lab.budget has run
 
 
-def test_page_and_pictures_are_made_anew_from_claims_json_alone(tmp_path, monkeypatch):
+def test_page_and_pictures_are_made_anew_from_the_two_files_alone(tmp_path, monkeypatch):
     def training(*_):
         raise AssertionError("--tables trains nothing")
     monkeypatch.setattr(claims, "settle", training)
     assert claims.main(["--tables", "--out", str(copied(tmp_path))]) == 0
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md", "claims.json", "frontier.png", "implicit-against-explicit.png",
-        "regret-over-time.png", "training.gif"]
+        "README.md", "budget.json", "claims.json", "frontier.png", "implicit-against-explicit.png",
+        "judgements.png", "regret-over-time.png", "reward-model.png", "training.gif"]
     assert (tmp_path / "training.gif").stat().st_size < 1e6
 
 
@@ -132,14 +138,15 @@ def test_without_a_whole_claims_json_there_is_one_line_and_status_2(text, tmp_pa
 
 
 def copied(folder):
-    (folder / "claims.json").write_text(json.dumps(RESULTS), encoding="utf-8")
+    for name, content in (("claims.json", RESULTS), ("budget.json", BUDGET)):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
 def test_every_link_of_the_page_leads_somewhere():
     targets = re.findall(r"\]\(([^)]+)\)", README)
     assert len(targets) >= 6
-    assert all((LAB / target).exists() for target in targets), targets
+    assert all((LAB / target.split("#")[0]).exists() for target in targets), targets
 
 
 def test_prose_lines_have_at_most_100_characters():
