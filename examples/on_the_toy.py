@@ -6,7 +6,9 @@
 The same reference, feedback, number of responses a step, learning rate, beta and 400 steps. TRL has
 train.py's batches and schedule too; own_model.py has the Trainer's own: shuffled otherwise, and the
 rate's two ramps one after the other, where train.py multiplies them. Writes DIR/on_the_toy.json.
+Beside them dpo by train.py once more, from first weights that differ by 1e-7 of themselves.
 """
+import copy
 import json
 import os
 import subprocess
@@ -14,10 +16,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import train
-from lab import run
+from lab import exact, run
 
 HERE = Path(__file__).resolve().parent
 SEEDS, STEPS, BATCH = (1, 2, 3), 400, 192
@@ -77,6 +83,28 @@ def policy_by(by, method, folder, seed):
     return [dict(seed=seed, by=by, method=method, kl=reached["kl"], lost=reached["lost"])]
 
 
+def noisy(seed, runs=3):
+    """How far does rounding carry? Runs of dpo as ours has it, from weights with noise of 1e-7."""
+    settings, method = train.Settings(device="cpu", out=""), train.METHODS["dpo"]
+    reference = train.train_reference(settings, seed)
+    shared = SimpleNamespace(reference=reference, feedback=train.collect_feedback(
+        settings, seed, reference))
+    world = exact.World(reference, data.TRAIN_PROMPTS, settings.beta)
+    start, entries = exact.evaluate(world, world.ref_logprobs)["regret"], []
+    for number in range(1, 1 + runs):
+        generator = torch.Generator().manual_seed(number)
+        policy = copy.deepcopy(reference).requires_grad_(True)
+        with torch.no_grad():
+            for part in policy.parameters():
+                part *= 1 + 1e-7 * torch.randn(part.shape, generator=generator)
+        batches = train.batches_for(method, policy, None, shared, settings, seed)
+        train.align(method, policy, batches, method.beta * settings.beta, STEPS)
+        reached = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
+        entries.append(dict(seed=seed, by="train.py, noise", method="dpo",
+                            lost=reached["regret"] / start))
+    return entries
+
+
 def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
     folders = {seed: folder / f"seed-{seed}" for seed in SEEDS}
@@ -84,6 +112,8 @@ def main(folder):
     jobs += [(f"{by}-{method}", seed, partial(policy_by, by, method, folders[seed], seed))
              for by, methods in (("TRL", TRL), ("own_model.py", OWN))
              for seed in SEEDS for method in methods]
+    jobs += [("noisy", seed, partial(noisy, seed)) for seed in SEEDS]
+    torch.set_num_threads(1)
 
     def result(job):
         name, seed, work = job

@@ -185,6 +185,8 @@ def test_the_trainers_on_the_toy_are_those_of_on_the_toy_json():
             assert cells[column] == (percent(lost) if lost else "–"), (by, cells[0])
             assert len(lost) in (0, 3)
         assert {run["method"] for run in runs} <= {cells[0].strip("`") for cells in table}
+    noisy = [100 * run["lost"] for run in told["runs"] if run["by"] == "train.py, noise"]
+    assert f"between {min(noisy):.0f} and {max(noisy):.0f} %" in " ".join(README.split())
 
 
 def test_the_toys_example_and_its_numbers_are_true():
