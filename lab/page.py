@@ -239,6 +239,8 @@ by the model's measure is the optimiser's.
   under the judge on four of the training prompts; listing rewards takes a minute for all twelve.
 - The online methods have the cells that the grids above found on a reward model, and that β in
   their objective. **By the model**: of what the model's own optimum gains by the model's rewards.
+- The other sections' runs on a reward model had train.py's learning rate for it, 3e-4. The best
+  here was 1e-3 or more.
 
 {exploitation}
 
