@@ -302,9 +302,9 @@ of it was steadier there, with {dpo_quarter} on three.
 **What f(x) is for.** Where all prompts have one level, no difference is shown between a constant
 and an estimate for each prompt: {constant} against {estimated}. Where each noun has its own level,
 it does not. `una-score` with one constant loses {constant_1}, with the largest β of its grid.
-`kto`, whose z₀ is one number a batch, loses {kto_1}, `una-mixed` {mixed_1}, `una-binary-bce`
-{bce_1} and `una-score` {score_1}. With a number for each prompt, levels cost nothing:
-`una-score-offset` loses {estimated_1}, `una-binary-offset` {learned_1}. `dpo` does not see them,
+`kto`, whose z₀ is one number a batch, loses {kto_1}, `una-binary-bce` {bce_1}, `una-score`
+{score_1}, and `una-mixed` {mixed_1}, with level 0's cell; tuned there, {mixed_tuned}. With a
+number for each prompt, levels cost nothing: `una-score-offset` loses {estimated_1}, `una-binary-offset` {learned_1}. `dpo` does not see them,
 its runs are the same; `una-online` takes them out with its baseline, {online_1}. The limits: scores
 of π_ref's own responses, 6400 a prompt, without noise, and four levels of our own making.
 
@@ -326,8 +326,9 @@ CUT = """\
 """
 
 
-def facts(claims):
+def facts(claims, budget):
     """{name: what it lost}, for the sentences: name_1 is at level 1."""
+    tuned_there = budget_tables.pick(claims, budget, "una-mixed", "zero", 76_800) if budget else []
     def of(*what, **more):
         return with_range(lost(tables.pick(claims, *what, **more)), " %")
     said = {}
@@ -345,7 +346,8 @@ def facts(claims):
     said |= dict(dpo_tuned=with_range(tuned.get(rate, []), " %"),
                  dpo_quarter=with_range(tuned.get(rate / 4, []), " %"))
     return said | dict(
-        ppo=of("ppo"), residual=of("una-score", "residual"), held=of("una-score", "held"),
+        mixed_tuned=with_range(lost(tuned_there), " %"), ppo=of("ppo"),
+        residual=of("una-score", "residual"), held=of("una-score", "held"),
         online_model=of("una-online", reward="model"), ppo_model=of("ppo", reward="model"))
 
 
@@ -395,5 +397,6 @@ def filled(text, said):
 
 def page(claims, budget=None):
     """budget: what budget.json says, if it is there."""
-    return PAGE.format(**tables.tables(claims), cut=CUT, conclusions=filled(
-        CONCLUSIONS, facts(claims)), budget=budget_section(claims, budget) if budget else "")
+    return PAGE.format(**tables.tables(claims), cut=CUT,
+                       conclusions=filled(CONCLUSIONS, facts(claims, budget)),
+                       budget=budget_section(claims, budget) if budget else "")
