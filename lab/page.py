@@ -304,8 +304,9 @@ and an estimate for each prompt: {constant} against {estimated}. Where each noun
 it does not. `una-score` with one constant loses {constant_1}, with the largest β of its grid.
 `kto`, whose z₀ is one number a batch, loses {kto_1}, `una-binary-bce` {bce_1}, `una-score`
 {score_1}, and `una-mixed` {mixed_1}, with level 0's cell; tuned there, {mixed_tuned}. With a
-number for each prompt, levels cost nothing: `una-score-offset` loses {estimated_1}, `una-binary-offset` {learned_1}. `dpo` does not see them,
-its runs are the same; `una-online` takes them out with its baseline, {online_1}. The limits: scores
+number for each prompt, levels cost nothing: `una-score-offset` loses {estimated_1},
+`una-binary-offset` {learned_1}. `dpo` does not see them, its runs are the same; `una-online` takes
+them out with its baseline, {online_1}. The limits: scores
 of π_ref's own responses, 6400 a prompt, without noise, and four levels of our own making.
 
 **What earlier versions of this page said, and what overturned it.** That the offset cannot be had
