@@ -54,7 +54,7 @@ def curve(budget, method, batch):
 
 
 def needed(points, goal):
-    """Judged responses until the median has gained `goal` percent: "1200 or less", "2300", "–".
+    """Judged responses until the median has gained `goal` percent; and as text, "≤ 1,200".
 
     Between two points the logarithms are taken as linear.
     """
@@ -106,8 +106,7 @@ def both_ways(value, text, weight):
 
 def cell_rows(claims, budget):
     def words(method, offset, size):
-        cell = best_cell(claims, budget, method, offset, size)
-        return f"{tables.cell_text(cell)}"
+        return tables.cell_text(best_cell(claims, budget, method, offset, size))
     return ["best cell: learning rate, β, steps", *(f"{size:,}" for size in SIZES)], [
         [f"`{name}`", *(words(method, offset, size) for size in SIZES)]
         for name, method, offset, _ in STORED]

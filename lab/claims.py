@@ -76,7 +76,7 @@ def grown(grid, best):
 
 
 def tune(grids, lost_of, moves):
-    """{(key, cell): what it lost on each tuning seed that it ran on}, and {key: its best cell}.
+    """{key: {cell: what it lost on each tuning seed that it ran on}}, and {key: its best cell}.
 
     grids: {key: grid}, which grow `moves` times at most. lost_of(title, seed, [(key, cell), ...])
     runs cells and tells what each lost.
@@ -243,7 +243,7 @@ class Options:
     jobs: int = setting(0, "runs side by side, a thread each, 0: one a core, 1 on an accelerator",
                         whole(0))
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    tables: bool = setting(False, "README.md and pictures anew from claims.json, without training")
+    tables: bool = setting(False, "README.md and pictures anew from these files, no training")
 
 
 def main(arguments=None, settings=None):
@@ -274,7 +274,7 @@ def main(arguments=None, settings=None):
         run.say(f"lab.claims: interrupted in {stop or 'what follows the runs'}. Finished parts are "
                 f"in {options.out}/parts: the same command goes on from there")
         return 130
-    run.say(f"{options.out}: claims.json, README.md, four pictures")
+    run.say(f"{options.out}: claims.json, README.md, pictures")
     diverged = [entry for entry in claims["runs"] if "diverged" in entry]
     for entry in diverged:
         run.say(f"seed {entry['seed']} | {entry['method']} diverged: {entry['diverged']}")
