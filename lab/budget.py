@@ -10,16 +10,13 @@ there; python -m lab.claims --tables makes the page of both.
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 import train
 from lab import figures, rewards, run
 from lab.claims import REPORTED_SEEDS, TUNING_SEEDS, rows_of, tune
-from lab.resume import Parts, finish, part_path
-from lab.run import setting, whole
+from lab.resume import Options, Parts, finish, part_path, settled
 from lab.variants import Variant
 
 SIZES, FULL = (1200, 9600), 76_800                                # judged responses
@@ -148,14 +145,6 @@ def settle(settings, claims):
                 models=[part["model"] for part in models])
 
 
-@dataclass
-class Options:
-    out: str = setting("lab", "folder that has claims.json, for budget.json and parts/")
-    jobs: int = setting(0, "runs side by side, a thread each, 0: one a core, 1 on an accelerator",
-                        whole(0))
-    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-
-
 def main(arguments=None, settings=None):
     """Returns the status."""
     parser = run.parser_of(Options, "lab.budget", "How many judgements, and what a reward model "
@@ -169,18 +158,9 @@ def main(arguments=None, settings=None):
         parser.error(f"there is no {path}: python -m lab.claims makes it")
     except ValueError as error:
         parser.error(f"{path} is not whole: {error}")
-    torch.set_num_threads(1)                                     # as in the processes of Jobs
-    device = run.pick_device(parser, options.device)
-    jobs = options.jobs or (run.cores() if device == "cpu" else 1)
-    settings = replace(settings or train.Settings(), device=device, jobs=jobs, out=options.out)
-    try:
-        run.write_json(os.path.join(options.out, "budget.json"), settle(settings, claims))
-    except KeyboardInterrupt as stop:
-        run.say(f"lab.budget: interrupted in {stop or 'what follows the runs'}. Finished parts are "
-                f"in {options.out}/parts: the same command goes on from there")
-        return 130
-    run.say(f"{options.out}: budget.json")
-    return 0
+    said = settled(parser, options, settings or train.Settings(), "budget.json",
+                   lambda settings: settle(settings, claims))
+    return 130 if said is None else 0
 
 
 if __name__ == "__main__":

@@ -11,16 +11,14 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
-
 import train
-from lab import budget_tables, dots, figures, memory, page, run, tables, variants
-from lab.resume import Parts, finish
-from lab.run import setting, whole
+from lab import budget_tables, dots, figures, memory, page, resume, run, tables, variants
+from lab.resume import Parts, finish, settled
+from lab.run import setting
 from lab.variants import Variant
 
 # ---------------------------------------------------------------- what is tuned, and how
@@ -221,9 +219,10 @@ def settle(settings):
 
 
 def write_page(claims, folder):
-    """README.md and the pictures, from what claims.json says, and budget.json if it is there."""
-    path = Path(folder) / "budget.json"
-    budget = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """README.md and the pictures, from what claims.json says and the other files that are there."""
+    more = {path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in Path(folder).glob("*.json") if path.stem in page.FILES}
+    budget = more.get("budget")
     shown = claims | dict(runs=[entry for entry in tables.main_runs(claims)
                                 if "diverged" not in entry])
     for name, draw, height in (("frontier.png", figures.draw_frontier, 5),
@@ -232,17 +231,13 @@ def write_page(claims, folder):
     dots.draw_pictures(claims["dots"], folder)
     if budget:
         budget_tables.draw_pictures(claims, budget, folder)
-    text = page.page(claims, budget)
+    text = page.page(claims, more)
     run.save(os.path.join(folder, "README.md"),
              lambda partial: Path(partial).write_text(text, encoding="utf-8"))
 
 
 @dataclass
-class Options:
-    out: str = setting("lab", "folder for claims.json, README.md, pictures and parts/")
-    jobs: int = setting(0, "runs side by side, a thread each, 0: one a core, 1 on an accelerator",
-                        whole(0))
-    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+class Options(resume.Options):
     tables: bool = setting(False, "README.md and pictures anew from these files, no training")
 
 
@@ -261,20 +256,10 @@ def main(arguments=None, settings=None):
             parser.error(f"--tables: {path} is not whole: {error}")
         write_page(claims, options.out)
         return 0
-    torch.set_num_threads(1)                                     # as in the processes of Jobs
-    device = run.pick_device(parser, options.device)
-    jobs = options.jobs or (run.cores() if device == "cpu" else 1)
-    settings = replace(settings or train.Settings(methods=[*variants.COMPARED]), device=device,
-                       jobs=jobs, out=options.out)
-    try:
-        claims = settle(settings)
-        run.write_json(path, claims)
-        write_page(claims, options.out)
-    except KeyboardInterrupt as stop:
-        run.say(f"lab.claims: interrupted in {stop or 'what follows the runs'}. Finished parts are "
-                f"in {options.out}/parts: the same command goes on from there")
+    settings = settings or train.Settings(methods=[*variants.COMPARED])
+    claims = settled(parser, options, settings, "claims.json", settle, write_page)
+    if claims is None:
         return 130
-    run.say(f"{options.out}: claims.json, README.md, pictures")
     diverged = [entry for entry in claims["runs"] if "diverged" in entry]
     for entry in diverged:
         run.say(f"seed {entry['seed']} | {entry['method']} diverged: {entry['diverged']}")

@@ -103,13 +103,14 @@ gradient is 15/16 of that with the mean of the others, which Adam divides out ag
 ## Cost
 
 - **seconds**: of training, the median. One thread, two runs side by side, on two cores of a shared
-  server. A GPU was not measured. `kto`'s hold, once, log π_ref of all its mismatched pairs.
+  server. `kto`'s hold, once, log π_ref of all its mismatched pairs.
 - **state**: bytes of weights, gradients and optimiser state of all models that training holds.
 - **peak above the idle process**: how far 20 steps raise the process's peak. Models this small
   leave most of it to activations.
 
 {cost}
 
+{machines}
 ## Fairness
 
 - Every variant has a grid of 16 cells, on the knobs that matter to it (`GRIDS` in
@@ -327,6 +328,29 @@ CUT = """\
 """
 
 
+MACHINES = """\
+## Other machines
+
+What `python train.py` with its defaults lost on seed 0: on the two cores that all figures here are
+from, on a server's sixteen of another kind, and on a GPU. Torch was another version there too.
+
+{table}
+
+Where a loss falls to one optimum, rounding moves its end a little; `dpo` has no such end here, and
+rounding decides (see above). On one machine the figures are the same whatever else runs: on the GPU
+six processes side by side gave those of one, all of them, to the last digit.
+
+"""
+# What python train.py wrote, but for its dots, and where.
+DEFAULTS = {"default": "here", "default-cpu": "another CPU", "default-h100": "NVIDIA H100"}
+FILES = ("budget", *DEFAULTS)
+
+
+def machines_section(more):
+    told = {words: more[name] for name, words in DEFAULTS.items() if name in more}
+    return MACHINES.format(table=tables.machines(told)) if len(told) == len(DEFAULTS) else ""
+
+
 def facts(claims, budget):
     """{name: what it lost}, for the sentences: name_1 is at level 1."""
     tuned_there = budget_tables.pick(claims, budget, "una-mixed", "zero", 76_800) if budget else []
@@ -396,8 +420,9 @@ def filled(text, said):
                        for paragraph in text.split("\n\n"))
 
 
-def page(claims, budget=None):
-    """budget: what budget.json says, if it is there."""
-    return PAGE.format(**tables.tables(claims), cut=CUT,
+def page(claims, more):
+    """more: {name: what name.json says} of those FILES that are there."""
+    budget = more.get("budget")
+    return PAGE.format(**tables.tables(claims), cut=CUT, machines=machines_section(more),
                        conclusions=filled(CONCLUSIONS, facts(claims, budget)),
                        budget=budget_section(claims, budget) if budget else "")

@@ -6,17 +6,13 @@ lab/claims.py chose dpo's learning rate and beta as every method's: by the media
 seeds. Here every cell runs on eight, and the best is chosen twice: by its median, and by its worst
 seed, as one would who fears a bad run. Both then run on the reported seeds. Writes pairs.json.
 """
-import os
 import sys
-from dataclasses import replace
 from statistics import median
-
-import torch
 
 import train
 from lab import figures, run
-from lab.claims import KINDS, REPORTED_SEEDS, Options, cells_of, rows_of
-from lab.resume import Parts, finish
+from lab.claims import KINDS, REPORTED_SEEDS, cells_of, rows_of
+from lab.resume import Options, Parts, finish, settled
 from lab.variants import Variant
 
 DPO = Variant("dpo")
@@ -59,13 +55,8 @@ def main(arguments=None, settings=None):
     parser = run.parser_of(Options, "lab.pairs", "Is dpo so uneven because of its cell?")
     options = Options(**vars(parser.parse_args(arguments)))
     run.check_writable(parser, options.out)
-    torch.set_num_threads(1)                                     # as in the processes of Jobs
-    device = run.pick_device(parser, options.device)
-    jobs = options.jobs or (run.cores() if device == "cpu" else 1)
-    settings = replace(settings or train.Settings(), device=device, jobs=jobs, out=options.out)
-    run.write_json(os.path.join(options.out, "pairs.json"), settle(settings))
-    run.say(f"{options.out}: pairs.json")
-    return 0
+    said = settled(parser, options, settings or train.Settings(), "pairs.json", settle)
+    return 130 if said is None else 0
 
 
 if __name__ == "__main__":

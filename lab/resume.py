@@ -8,10 +8,13 @@ import functools
 import hashlib
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from lab import dots, figures, run, variants
+from lab.run import setting, whole
 
 ROOT = Path(__file__).parent.parent
 TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/variants.py",
@@ -117,3 +120,33 @@ class Parts:
         row = row_of(variants.method_of(variant, cell))
         return (part_path(self.folder, settings, seed, variant.method, variant, row, glance),
                 variants.run_variant, settings, seed, variant, cell, f"{path}.pt", glance)
+
+
+# ---------------------------------------------------------------- the command line
+@dataclass
+class Options:
+    out: str = setting("lab", "folder for the files, and for parts/")
+    jobs: int = setting(0, "runs side by side, a thread each, 0: one a core, 1 on an accelerator",
+                        whole(0))
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+
+
+def settled(parser, options, settings, name, settle, then=None):
+    """What settle(settings) says, written to the file `name`; then(it, folder) is called.
+
+    None, and a line that says so, if Ctrl-C came before the end.
+    """
+    torch.set_num_threads(1)                                     # as in the processes of Jobs
+    device = run.pick_device(parser, options.device)
+    jobs = options.jobs or (run.cores() if device == "cpu" else 1)
+    try:
+        said = settle(replace(settings, device=device, jobs=jobs, out=options.out))
+        run.write_json(os.path.join(options.out, name), said)
+        if then:
+            then(said, options.out)
+    except KeyboardInterrupt as stop:
+        run.say(f"{parser.prog}: interrupted in {stop or 'what follows the runs'}. Finished parts "
+                f"are in {options.out}/parts: the same command goes on from there")
+        return None
+    run.say(f"{options.out}: {name}")
+    return said

@@ -54,6 +54,16 @@ OFFSETS = {
 }
 
 
+# ---------------------------------------------------------------- other machines
+def machines(told):
+    """told: {words for a machine: the results.json that it wrote}."""
+    rows = [[f"`{runs[0]['method']}`", *(f"{share:.2f} %" for share in lost(runs))]
+            for runs in zip(*(results["runs"] for results in told.values()))]
+    seconds = [f"{sum(run['seconds'] for run in results['runs']):.0f} s, "
+               f"{results['settings']['jobs']} at a time" for results in told.values()]
+    return markdown(["lost", *told], [*rows, ["all training", *seconds]])
+
+
 # ---------------------------------------------------------------- which runs
 def best_cell(claims, method, offset="zero", level=0.0, reward="judge"):
     rows = grid_of(claims, method, offset, level, reward)
