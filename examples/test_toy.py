@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import memory
 import toy_as_transformers as toy
 
 import data
@@ -295,3 +297,26 @@ def test_trl_ends_where_train_py_does(name, exported, trl):
         for model in (toy.from_transformers(trainer.model), policy, exported.reference))
     assert (ours - start).abs().mean() > 0.5
     assert torch.allclose(theirs, ours, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- memory
+def test_memory_is_that_of_dpo_by_both_trainers_and_other_devices_figures_stay(tmp_path, capfd):
+    pytest.importorskip("trl")
+    path = tmp_path / "memory.json"
+    path.write_text('{"a GPU": 7}', encoding="utf-8")
+    memory.main(path, dict(vocab_size=40, n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    told = json.loads(path.read_text(encoding="utf-8"))
+    assert told.pop("a GPU") == 7
+    ((_, here),) = told.items()
+    assert {run["by"] for run in here["runs"]} == {"own_model.py", "TRL"}
+    assert all(run["bytes"] > 1e6 for run in here["runs"])
+    # Two steps each, on pairs: the first loss is log 2.
+    capfd.readouterr()
+    out, losses = tmp_path / "out", []
+    memory.write_model(tmp_path, here["shape"])
+    for by in memory.TRAINERS.values():
+        by(str(tmp_path), False, str(out))
+        losses.append([float(loss) for loss in re.findall(
+            r"'loss': '?([\d.]+)", capfd.readouterr().out)])
+    for both in losses:
+        assert len(both) == 2 and both[0] == pytest.approx(math.log(2), abs=1e-3)

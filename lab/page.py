@@ -40,7 +40,9 @@ hundredth of it. The stars are where J = reward − β·KL is largest.*
 ## The paper's claims
 
 The **paper's figures** are its averages on two leaderboards: Mistral-7B on stored feedback,
-Qwen2-1.5B online, one run each. Those are other tasks at another scale.
+Qwen2-1.5B online, one run each. Those are other tasks at another scale. The authors' online code
+regresses against the policy that sampled, and nothing then holds it to π_ref; the one here is
+anchored at π_ref, as Eq. 7 says.
 
 {claims}
 
@@ -161,7 +163,9 @@ four gigabytes there; when claims.json is written, nothing needs `parts/` any mo
 `python -m lab.claims --tables` makes this page and the pictures from claims.json and budget.json
 alone. `python -m lab.budget --out DIR` makes that one, from DIR's claims.json.
 
-A results.json, which `python train.py` writes, has
+`python train.py` writes results.json whole after every method. Ctrl-C is one line and status 130. A
+method that leaves the numbers costs no other: its entry says `diverged` and why, and the status is
+1. A new run into the same folder first removes the files of the one before. results.json has
 
 - `settings`, `device`, `versions`; `files`, all that belong to it;
 - `reference`, `optimum`: where every run begins and the best it could reach, for each seed; the

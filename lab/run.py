@@ -1,6 +1,7 @@
 """What every experiment needs and no reader of the paper: a command line, runs side by side, what
 they say meanwhile, and files that are whole or not there. Knows nothing of what is run."""
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -119,6 +120,7 @@ def check_writable(parser, folder):
         parser.error(f"--out {folder}: {error}")
 
 
+@functools.cache                                                 # ten milliseconds a time
 def versions():
     packages = ("torch", "numpy", "tiktoken", "matplotlib")
     return dict(python=platform.python_version(), **{name: version(name) for name in packages})

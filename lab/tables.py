@@ -64,6 +64,41 @@ def machines(told):
     return markdown(["lost", *told], [*rows, ["all training", *seconds]])
 
 
+# ---------------------------------------------------------------- lab/pairs.py
+def pairs(told):
+    """What pairs.json says: the grid, the two rules, the predictions."""
+    grid = [row for row in told["tuning"] if row["rule"] == "median"]
+    lost_in = {(row["cell"]["learning_rate"], row["cell"]["beta"]): row["lost"] for row in grid}
+    rates, betas = (sorted(set(values)) for values in zip(*lost_in))
+    chosen = {row["rule"]: row for row in told["tuning"] if row["best"]}
+    reported = {rule: lost([run for run in told["runs"] if run["rule"] == rule])
+                for rule in chosen}
+    found = dict(
+        median=(f"{chosen['median']['cell']['learning_rate']:g}",
+                chosen["median"]["cell"]["learning_rate"] < 4e-3),
+        steady=(f"{number(max(reported['worst']))} %", max(reported["worst"]) <= 50),
+        price=(f"{number(median(reported['worst']))} %", median(reported["worst"]) >= 20))
+    return dict(
+        pairs_grid=markdown(
+            ["learning rate", *(f"β × {beta:g}" for beta in betas)],
+            [[f"{rate:g}", *(with_range(in_percent(lost_in[rate, beta]), " %") for beta in betas)]
+             for rate in rates]),
+        pairs_rules=markdown(
+            ["chosen by", "cell", "tuning seeds", "reported seeds"],
+            [[f"the {rule} of eight", f"{row['cell']['learning_rate']:g}, "
+              f"β × {row['cell']['beta']:g}", with_range(in_percent(row["lost"]), " %"),
+              with_range(reported[rule], " %")] for rule, row in chosen.items()]),
+        pairs_predictions=markdown(
+            ["expected", "found", ""],
+            [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
+             for key, text in told["predictions"].items()]))
+
+
+def in_percent(lost):
+    """In percent; null, of a run that diverged, is infinite."""
+    return [math.inf if share is None else 100 * share for share in lost]
+
+
 # ---------------------------------------------------------------- which runs
 def best_cell(claims, method, offset="zero", level=0.0, reward="judge"):
     rows = grid_of(claims, method, offset, level, reward)
@@ -322,7 +357,7 @@ def grid_rows(claims):
         name = f"`{method}`" + (f", {offset}" if OWN.get(method, "zero") != offset else "")
         name += (", level 1" if level else "") + (", reward model" if reward == "model" else "")
         reported = [figures.lost(run) for run in pick(claims, method, offset, level, reward)]
-        shares = [math.inf if share is None else 100 * share for share in chosen["lost"]]
+        shares = in_percent(chosen["lost"])
         rows.append([name, cell_text(chosen["cell"]), with_range(shares, " %"),
                      f"{bad(chosen['lost'])} of {len(shares)}, {bad(reported)} of {len(reported)}",
                      f"{below_reference(grid)}", f"{len(grid)}",

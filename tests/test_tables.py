@@ -11,13 +11,14 @@ import pytest
 import data
 import train
 from lab import claims, compare, figures, tables, variants
-from lab.page import page
+from lab.page import FILES, page
 from lab.variants import Variant
 
 LAB = Path(__file__).parent.parent / "lab"
 README = (LAB / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((LAB / "claims.json").read_text(encoding="utf-8"))
-BUDGET = json.loads((LAB / "budget.json").read_text(encoding="utf-8"))
+MORE = {name: json.loads((LAB / f"{name}.json").read_text(encoding="utf-8")) for name in FILES}
+BUDGET = MORE["budget"]
 ONE_LINE = " ".join(README.split())
 SEEDS = list(claims.REPORTED_SEEDS)
 
@@ -103,16 +104,20 @@ def test_what_is_at_an_end_of_a_grid_is_said():
 
 # ---------------------------------------------------------------- the page is claims.json's
 def test_the_pages_numbers_are_those_of_claims_json():
-    assert page(RESULTS, BUDGET) == README
+    assert page(RESULTS, MORE) == README
     altered = json.loads(json.dumps(RESULTS))
     for run in altered["runs"]:
         run["curve"][-1]["regret"] += 0.1 * (1 + run["seed"] % 3)
-    assert page(altered, BUDGET) != README
+    assert page(altered, MORE) != README
     altered = json.loads(json.dumps(BUDGET))
     for entry in altered["runs"]:
         entry["curve"][-1]["regret"] += 0.1
-    assert page(RESULTS, altered) != README
-    assert "## How many judgements" not in page(RESULTS)         # before lab.budget has run
+    assert page(RESULTS, MORE | dict(budget=altered)) != README
+    for run in (altered := json.loads(json.dumps(MORE["default-h100"])))["runs"]:
+        run["curve"][-1]["regret"] *= 1.1
+    assert page(RESULTS, MORE | {"default-h100": altered}) != README
+    alone = page(RESULTS, {})                                    # before the other files are there
+    assert "## How many judgements" not in alone and "## Other machines" not in alone
 
 
 def test_page_and_pictures_are_made_anew_from_the_two_files_alone(tmp_path, monkeypatch):
@@ -121,9 +126,9 @@ def test_page_and_pictures_are_made_anew_from_the_two_files_alone(tmp_path, monk
     monkeypatch.setattr(claims, "settle", training)
     assert claims.main(["--tables", "--out", str(copied(tmp_path))]) == 0
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md", "budget.json", "claims.json", "frontier.png", "implicit-against-explicit.png",
-        "judgements.png", "regret-over-time.png", "reward-model.png", "training.gif"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".json") == [
+        "README.md", "frontier.png", "implicit-against-explicit.png", "judgements.png",
+        "regret-over-time.png", "reward-model.png", "training.gif"]
     assert (tmp_path / "training.gif").stat().st_size < 1e6
 
 
@@ -138,8 +143,8 @@ def test_without_a_whole_claims_json_there_is_one_line_and_status_2(text, tmp_pa
 
 
 def copied(folder):
-    for name, content in (("claims.json", RESULTS), ("budget.json", BUDGET)):
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    for name, content in dict(MORE, claims=RESULTS).items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
