@@ -4,13 +4,14 @@
 
 lab/claims.py chose dpo's learning rate and beta as every method's: by the median of four tuning
 seeds. Here every cell runs on eight, and the best is chosen twice: by its median, and by its worst
-seed, as one would who fears a bad run. Both then run on the reported seeds. Writes pairs.json.
+seed, as one would who fears a bad run. Both then run on the reported seeds. Beside them stands what
+the exact optimum of each beta loses: where dpo ends if all goes well. Writes pairs.json.
 """
 import sys
 from statistics import median
 
 import train
-from lab import figures, run
+from lab import figures, rewards, run
 from lab.claims import KINDS, REPORTED_SEEDS, cells_of, rows_of
 from lab.resume import Options, Parts, finish, settled
 from lab.variants import Variant
@@ -26,6 +27,18 @@ PREDICTIONS = dict(
     steady="the cell of the least worst seed loses at most 50 % on every reported seed",
     price="its median on the reported seeds is at least 20 %: steadiness has a price",
 )
+
+
+def optima(parts):
+    """{beta: what the optimum of that beta loses on each tuning seed}. Added when the grid had been
+    seen: are its steady cells at their own optimum?"""
+    lost = {beta: [] for beta in GRID["beta"]}
+    for seed in SEEDS:
+        world = train.load(f"{parts.shared(seed, *KINDS[0])[0]}.pt").worlds["train"]
+        shares = rewards.ceilings(world, world.rewards)
+        for beta in lost:
+            lost[beta].append(shares[beta])
+    return lost
 
 
 def settle(settings):
@@ -46,7 +59,7 @@ def settle(settings):
     tuning = [row for rule in RULES
               for row in rows_of({rule: lost}, chosen, lambda rule: dict(rule=rule))
               if row["best"] or rule == "median"]
-    return dict(predictions=PREDICTIONS, tuning=tuning, runs=[
+    return dict(predictions=PREDICTIONS, tuning=tuning, optima=[*optima(parts).items()], runs=[
         dict(rule=rule, **part["runs"]) for rule in RULES for part in runs[rule]])
 
 

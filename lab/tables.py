@@ -82,12 +82,15 @@ def pairs(told):
         pairs_grid=markdown(
             ["learning rate", *(f"β × {beta:g}" for beta in betas)],
             [[f"{rate:g}", *(with_range(in_percent(lost_in[rate, beta]), " %") for beta in betas)]
-             for rate in rates]),
+             for rate in rates] + [["**the optimum of that β**", *(
+                 with_range([round(share, 6) + 0.0 for share in in_percent(lost_there)], " %")
+                 for _, lost_there in told["optima"])]]),
         pairs_rules=markdown(
             ["chosen by", "cell", "tuning seeds", "reported seeds"],
             [[f"the {rule} of eight", f"{row['cell']['learning_rate']:g}, "
               f"β × {row['cell']['beta']:g}", with_range(in_percent(row["lost"]), " %"),
               with_range(reported[rule], " %")] for rule, row in chosen.items()]),
+        pairs_reported=[with_range(values, " %") for values in reported.values()],
         pairs_predictions=markdown(
             ["expected", "found", ""],
             [[text, found[key][0], "holds" if found[key][1] else "does not hold"]

@@ -23,6 +23,8 @@ def test_a_miniature_runs_every_cell_on_every_seed_and_chooses_by_median_and_by_
         return json.loads((tmp_path / "pairs.json").read_text("utf-8"))
 
     told = main()
+    assert [beta for beta, _ in told["optima"]] == [0.5, 4]
+    assert all(0 < share < 1 for _, lost in told["optima"] for share in lost)
     assert told == main()                                        # all its parts are there
     grid = [row for row in told["tuning"] if row["rule"] == "median"]
     assert len({tuple(row["cell"].values()) for row in grid}) == 4
@@ -49,12 +51,13 @@ def test_the_tables_tell_grid_rules_and_predictions():
     told = dict(predictions=pairs.PREDICTIONS, tuning=[
         row(1e-3, 1, [0.1, 0.2, 3.0], best=True), row(1e-3, 4, steady),
         row(4e-3, 1, [0.5, None, 0.25]), row(4e-3, 4, [1.0, 2.0, 3.0]),
-        row(1e-3, 4, steady, "worst", True)],
+        row(1e-3, 4, steady, "worst", True)], optima=[(1, [0.0, 0.0]), (4, [0.25, 0.35])],
         runs=[run("median", 0.8), run("median", 0.1), run("worst", 0.6), run("worst", 0.2)])
     said = tables.pairs(told)
     assert said["pairs_grid"].splitlines()[2:] == [
         "| 0.001 | 20 % (10 to 300) | 35 % (30 to 40) |",
-        "| 0.004 | 50 % (25 to ∞), 1 of 3 diverged | 200 % (100 to 300) |"]
+        "| 0.004 | 50 % (25 to ∞), 1 of 3 diverged | 200 % (100 to 300) |",
+        "| **the optimum of that β** | 0 % (0 to 0) | 30 % (25 to 35) |"]
     assert said["pairs_rules"].splitlines()[2:] == [
         "| the median of eight | 0.001, β × 1 | 20 % (10 to 300) | 45 % (10 to 80) |",
         "| the worst of eight | 0.001, β × 4 | 35 % (30 to 40) | 40 % (20 to 60) |"]

@@ -186,6 +186,13 @@ def test_the_results_and_what_f_is_for_are_those_of_claims_json():
                 assert cell == percent([lost / 100 for lost in compare.lost(runs)]), (name, level)
 
 
+def test_what_dpo_loses_with_twice_the_tuning_is_that_of_pairs_json():
+    told = json.loads((ROOT / "lab" / "pairs.json").read_text(encoding="utf-8"))
+    lost = compare.lost([run for run in told["runs"] if run["rule"] == "median"])
+    assert len(lost) == 8
+    assert f"loses {percent([share / 100 for share in lost])} ([more]" in " ".join(README.split())
+
+
 def test_the_trainers_on_the_toy_are_those_of_on_the_toy_json():
     told = json.loads((ROOT / "examples" / "on_the_toy.json").read_text(encoding="utf-8"))
     table = rows("Is it what train.py does, and what others do?", EXAMPLES)
