@@ -274,10 +274,11 @@ def test_at_large_beta_the_possible_gain_is_half_the_rewards_variance_over_beta(
     reference = small().reference
     world = exact.World(reference, data.TRAIN_PROMPTS[:1], beta)
     expected = variance(world.ref_logprobs, world.rewards) / (2 * beta)
-    assert exact.evaluate(world, world.ref_logprobs)["regret"] == pytest.approx(expected, rel=1e-2)
+    near = 1e-2 if beta < 1e6 else 0.1       # there float64's sixteen digits are as good as used up
+    assert exact.evaluate(world, world.ref_logprobs)["regret"] == pytest.approx(expected, rel=near)
     raw = all_logprobs(reference, world.prompts[0], data.MAX_TOKENS, data.EOT).double()[None]
     as_computed = una.optimal_policy(raw, world.rewards, beta)[1] - exact.mean(raw, world.rewards)
-    assert as_computed.item() != pytest.approx(expected, rel=1e-2)
+    assert as_computed.item() != pytest.approx(expected, rel=near)
 
 
 @pytest.mark.parametrize("beta", [1e-4, 1e6])
