@@ -12,9 +12,9 @@ PAGE = """\
 # The claims, settled
 
 Does the paper's comparison of UNA with RLHF/PPO, DPO and KTO hold where the optimum is known?
-`python -m lab.claims` made every number and picture here, in two to three hours on two cores. Every
-run is in [claims.json](claims.json). The methods are in [train.py](../train.py), their losses in
-[una.py](../una.py).
+`python -m lab.claims` made the numbers and pictures here, in two to three hours on two cores, where
+a section does not name another command. Every run is in [claims.json](claims.json). The methods are
+in [train.py](../train.py), their losses in [una.py](../una.py).
 
 ![Mean reward against KL for every method, below the exact frontier](frontier.png)
 

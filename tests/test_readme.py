@@ -11,7 +11,7 @@ import pytest
 import data
 import train
 import una
-from lab import compare, figures, tables
+from lab import budget_tables, compare, figures, tables
 from lab.variants import COMPARED
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +166,7 @@ def percent(values):
 def test_the_results_and_what_f_is_for_are_those_of_claims_json():
     offsets = {"0": "zero", "one constant": "constant", "estimated": "estimated",
                "learned": "learned", "cancels": "zero", "−β z₀": "zero", "a baseline": "zero",
-               "a value": "zero"}
+               "a value model": "zero"}
     kinds = {"pairs": "pairs", "labels": "binary", "scores": "scores", "a third of each": "mixed",
              "fresh rewards": "fresh"}
     assert len(rows("Results")) == 10
@@ -184,6 +184,30 @@ def test_the_results_and_what_f_is_for_are_those_of_claims_json():
                             if run["method"] == name and run["judged"] == 76_800]
                 assert len(runs) == 8
                 assert cell == percent([lost / 100 for lost in compare.lost(runs)]), (name, level)
+
+
+def test_the_sentences_under_the_results_are_those_of_the_runs():
+    prose = " ".join(section("Results").split())
+    start = {entry["seed"]: entry["heldout"]["regret"] for entry in CLAIMS["reference"]}
+
+    def heldout(name, offset="zero", level=0.0):
+        share = statistics.median(run["heldout"]["regret"] / start[run["seed"]]
+                                  for run in tables.pick(CLAIMS, name, offset, level))
+        return f"{100 * share:.2g} %"
+    assert (f"but for `una-score-offset`, {heldout('una-score-offset', 'estimated')}, and `dpo`, "
+            f"{heldout('dpo')}; with levels `una-binary-bce` loses "
+            f"{heldout('una-binary-bce', level=1.0)}.") in prose
+    runs = [tables.pick(CLAIMS, "dpo"), *(tables.pick(CLAIMS, name) for name in (
+        "una-pair", "una-online"))]
+    assert [sum(lost > 100 for lost in compare.lost(of)) for of in runs] == [4, 4, 1]
+
+    def of(method, offset, size):
+        lost = compare.lost(budget_tables.pick(CLAIMS, BUDGET, method, offset, size))
+        return f"{statistics.median(lost):.2g}"
+    few, many = ([of("una-score", "zero", size), of("una-score-offset", "estimated", size),
+                  of("una-score", "learned", size)] for size in (1200, 76_800))
+    assert (f"loses {few[0]} % with f = c = 0, {few[1]} % with the estimate and {few[2]} % with a "
+            f"learned number; from 76,800 it is {many[0]}, {many[1]} and {many[2]} %.") in prose
 
 
 def test_what_dpo_loses_with_twice_the_tuning_is_that_of_pairs_json():
