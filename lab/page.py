@@ -92,7 +92,7 @@ The same cells on 4096 judged responses, seen nineteen times. They were not tune
 
 {passes}
 
-{pairs}{budget}
+{pairs}{kto}{budget}
 ## Beyond the paper
 
 {beyond}
@@ -307,7 +307,7 @@ half of it wins, and loses {dpo_eight} (below).
 **What f(x) is for.** Where all prompts have one level, no difference is shown between a constant
 and an estimate for each prompt: {constant} against {estimated}. Where each noun has its own level,
 it does not. `una-score` with one constant loses {constant_1}, with the largest β of its grid.
-`kto`, whose z₀ is one number a batch, loses {kto_1}, `una-binary-bce` {bce_1}, `una-score`
+`kto`, whose z₀ is 0 here (below), loses {kto_1}, `una-binary-bce` {bce_1}, `una-score`
 {score_1}, and `una-mixed` {mixed_1}, with level 0's cell; tuned there, {mixed_tuned}. With a
 number for each prompt, levels cost nothing: `una-score-offset` loses {estimated_1},
 `una-binary-offset` {learned_1}. `dpo` does not see them, its runs are the same; `una-online` takes
@@ -362,6 +362,25 @@ do train.py's METHODS.
 
 """
 
+KTO = """\
+## What kto's reference point is here
+
+In the map of methods −β z₀ stands for KTO's f(x) + c. z₀ is the mean log π/π_ref of mismatched
+pairs, a prompt with a response to another, cut off at 0. `python -m lab.kto` counts how often it is
+0, and runs `kto` in the same cells with 0 in its place ([kto.json](kto.json)).
+
+{kto_runs}
+
+A policy that learns what suits a prompt makes what does not less likely. So the mean is below 0,
+and z₀ is what it is cut off at. Here `kto` is the absolute error of labels with f = c = 0, and what
+it loses says nothing about a number for each batch.
+
+Predicted when one run at level 0 had been seen:
+
+{kto_predictions}
+
+"""
+
 MACHINES = """\
 ## Other machines
 
@@ -377,7 +396,7 @@ digit.
 """
 # What python train.py wrote, but for its dots, and where.
 DEFAULTS = {"default": "here", "default-cpu": "another CPU", "default-h100": "NVIDIA H100"}
-FILES = ("budget", "pairs", *DEFAULTS)
+FILES = ("budget", "pairs", "kto", *DEFAULTS)
 
 
 def machines_section(more):
@@ -466,4 +485,5 @@ def page(claims, more):
     return PAGE.format(**tables.tables(claims), cut=CUT, machines=machines_section(more),
                        conclusions=filled(CONCLUSIONS, facts(claims, budget, more.get("pairs"))),
                        pairs=pairs_section(claims, more["pairs"]) if "pairs" in more else "",
+                       kto=KTO.format(**tables.kto(more["kto"])) if "kto" in more else "",
                        budget=budget_section(claims, budget) if budget else "")

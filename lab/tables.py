@@ -47,7 +47,7 @@ OFFSETS = {
         ("estimated, β × 1", "una-binary-bce", "estimated", dict(beta=1))),
     "others": (
         ("una-binary-mse, Eq. 11: 0", "una-binary-mse", "zero"),
-        ("kto: −β z₀, one number a batch", "kto", "zero"),
+        ("kto: −β z₀, which is 0 here", "kto", "zero"),
         ("una-mixed: 0", "una-mixed", "zero"),
         ("dpo: cancels", "dpo", "zero"),
         ("una-online, Eq. 7 on fresh samples: free", "una-online", "zero")),
@@ -91,10 +91,33 @@ def pairs(told):
               f"β × {row['cell']['beta']:g}", with_range(in_percent(row["lost"]), " %"),
               with_range(reported[rule], " %")] for rule, row in chosen.items()]),
         pairs_reported=[with_range(values, " %") for values in reported.values()],
-        pairs_predictions=markdown(
-            ["expected", "found", ""],
-            [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
-             for key, text in told["predictions"].items()]))
+        pairs_predictions=predicted(told, found))
+
+
+def predicted(told, found):
+    """A row for each prediction; found: {its key: (what was found, whether it holds)}."""
+    return markdown(["expected", "found", ""],
+                    [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
+                     for key, text in told["predictions"].items()])
+
+
+def kto(told):
+    """What kto.json says: a row for each level, the predictions."""
+    rows, found_zeros, moved = [], [], []
+    for level in sorted({run["level"] for run in told["runs"]}):
+        with_it, without = ([run for run in told["runs"] if (run["level"], run["without"])
+                             == (level, which)] for which in (False, True))
+        zeros = [100 * run["zeros"] / run["curve"][-1]["step"] for run in with_it]
+        rows.append([f"{level:g}", with_range(zeros, " %"), with_range(lost(with_it), " %"),
+                     with_range(lost(without), " %")])
+        found_zeros.append(min(zeros))
+        moved.append(abs(median(lost(without)) / median(lost(with_it)) - 1))
+    return dict(
+        kto_runs=markdown(["level", "steps where z₀ is 0", "lost", "lost without z₀"], rows),
+        kto_predictions=predicted(told, dict(
+            zero=(f"at least {number(min(found_zeros))} % of the steps", min(found_zeros) >= 90),
+            same=(" and ".join(f"{number(100 * share, '.2g')} %" for share in moved) + " of itself",
+                  max(moved) < 0.1))))
 
 
 def in_percent(lost):
