@@ -372,8 +372,9 @@ pairs, a prompt with a response to another, cut off at 0. `python -m lab.kto` co
 {kto_runs}
 
 A policy that learns what suits a prompt makes what does not less likely. So the mean is below 0,
-and z₀ is what it is cut off at. Here `kto` is the absolute error of labels with f = c = 0, and what
-it loses says nothing about a number for each batch.
+and z₀ is what it is cut off at. Here `kto` is all but the absolute error of labels with f = c = 0,
+and what it loses says nothing about one number for a batch. At level 1 the few steps of another z₀
+send single runs far off, either way: there `kto` is as uneven as `dpo`.
 
 Predicted when one run at level 0 had been seen:
 

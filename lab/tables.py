@@ -107,13 +107,16 @@ def kto(told):
     for level in sorted({run["level"] for run in told["runs"]}):
         with_it, without = ([run for run in told["runs"] if (run["level"], run["without"])
                              == (level, which)] for which in (False, True))
-        zeros = [100 * run["zeros"] / run["curve"][-1]["step"] for run in with_it]
-        rows.append([f"{level:g}", with_range(zeros, " %"), with_range(lost(with_it), " %"),
-                     with_range(lost(without), " %")])
-        found_zeros.append(min(zeros))
+        steps, zeros = with_it[0]["curve"][-1]["step"], [run["zeros"] for run in with_it]
+        apart = [a - b for a, b in zip(lost(without), lost(with_it))]
+        rows.append([f"{level:g}", f"{min(zeros)} to {max(zeros)} of {steps}",
+                     with_range(lost(with_it), " %"), with_range(lost(without), " %"),
+                     span(apart, ANSWERS)[0]])
+        found_zeros.append(100 * min(zeros) / steps)
         moved.append(abs(median(lost(without)) / median(lost(with_it)) - 1))
     return dict(
-        kto_runs=markdown(["level", "steps where z₀ is 0", "lost", "lost without z₀"], rows),
+        kto_runs=markdown(["level", "steps where z₀ is 0", "lost", "lost without z₀", "difference"],
+                          rows),
         kto_predictions=predicted(told, dict(
             zero=(f"at least {number(min(found_zeros))} % of the steps", min(found_zeros) >= 90),
             same=(" and ".join(f"{number(100 * share, '.2g')} %" for share in moved) + " of itself",

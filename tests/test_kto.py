@@ -78,7 +78,7 @@ def test_the_table_tells_zeros_and_what_was_lost():
         run(1.0, False, 1.0, 8), run(1.0, False, 1.0, 8), run(1.0, True, 1.0), run(1.0, True, 1.0)])
     said = tables.kto(told)
     assert said["kto_runs"].splitlines()[2:] == [
-        "| 0 | 88 % (75 to 100) | 30 % (20 to 40) | 35 % (20 to 50) |",
-        "| 1 | 100 % (100 to 100) | 100 % (100 to 100) | 100 % (100 to 100) |"]
+        "| 0 | 6 to 8 of 8 | 30 % (20 to 40) | 35 % (20 to 50) | +5 [+0, +10] |",
+        "| 1 | 8 to 8 of 8 | 100 % (100 to 100) | 100 % (100 to 100) | +0 [+0, +0] |"]
     assert [line.split(" | ")[-1] for line in said["kto_predictions"].splitlines()[2:]] == [
         "does not hold |", "does not hold |"]

@@ -165,8 +165,8 @@ def percent(values):
 
 def test_the_results_and_what_f_is_for_are_those_of_claims_json():
     offsets = {"0": "zero", "one constant": "constant", "estimated": "estimated",
-               "learned": "learned", "cancels": "zero", "−β z₀: 0 here": "zero", "a baseline": "zero",
-               "a value model": "zero"}
+               "learned": "learned", "cancels": "zero", "−β z₀: 0 here": "zero",
+               "a baseline": "zero", "a value model": "zero"}
     kinds = {"pairs": "pairs", "labels": "binary", "scores": "scores", "a third of each": "mixed",
              "fresh rewards": "fresh"}
     assert len(rows("Results")) == 10
