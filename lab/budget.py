@@ -5,7 +5,7 @@
 Stored feedback on 1200, 9600 and 76,800 judged responses, each method tuned at each size; and
 reward models of the pairs among these, with their exact optima. All of it at level 1, by the rules
 of lab/claims.py, whose claims.json has what 76,800 judged responses bring. Writes budget.json
-there; python -m lab.claims --tables makes the page of both.
+there; python -m lab.claims --tables makes the page of all.
 """
 import json
 import os

@@ -1,7 +1,7 @@
 """The paper's claims, settled: variants are tuned on grids, the best cell is run on other seeds.
 
     python -m lab.claims                 resumes; two to three hours on two cores
-    python -m lab.claims --tables        page and pictures anew, from claims.json and budget.json
+    python -m lab.claims --tables        page and pictures anew, from the JSON files there
 
 Writes claims.json, README.md and its pictures into a folder. In its parts/ lies each run by
 itself.

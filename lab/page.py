@@ -160,8 +160,10 @@ Medians over the seeds, and the range of what was lost:
 `DIR/parts/`, so that a call goes on where the last one stopped. Whatever changes in the code that
 trains, comments and the settings of other methods apart, makes them anew. The prepared seeds take
 four gigabytes there; when claims.json is written, nothing needs `parts/` any more.
-`python -m lab.claims --tables` makes this page and the pictures from claims.json and budget.json
-alone. `python -m lab.budget --out DIR` makes that one, from DIR's claims.json.
+`python -m lab.claims --tables` makes this page and the pictures from the JSON files beside it.
+`python -m lab.budget`, `lab.pairs` and `lab.kto`, with the same `--out DIR`, make theirs; the first
+and the last of them read DIR's claims.json. The three default files are results.json of
+`python train.py`, without its dots.
 
 `python train.py` writes results.json whole after every method. Ctrl-C is one line and status 130. A
 method that leaves the numbers costs no other: its entry says `diverged` and why, and the status is
@@ -198,6 +200,10 @@ budget.json has `predictions`, `tuning` and `runs` as claims.json has, `judged` 
 - `models`, one for each seed and size of a reward model: `cell`, with β as a multiple of the
   task's; `ceilings`, [β, lost] of its exact optimum; `reference`, `ceiling` and the online `runs`
   on it, each measured by the judge (`train`) and by the model (`by_model`).
+
+pairs.json has `predictions`, `tuning` with the `rule` that chose, `optima` as [β, lost by tuning
+seed], and `runs`. kto.json has `predictions` and `runs`, with `zeros`, the steps where z₀ is 0, and
+`without`, whether it was left out.
 
 [tests/test_tables.py](../tests/test_tables.py) holds what is said here against those numbers.
 """
