@@ -341,7 +341,7 @@ CUT = """\
 PAIRS = """\
 ## Is dpo so uneven because of its cell?
 
-Four tuning seeds are few where runs vary by hundreds of percent, its advocate will say. So
+Four tuning seeds are few where runs vary by hundreds of percent, `dpo`'s advocate will say. So
 `python -m lab.pairs` runs every cell of a wider grid on eight and chooses twice, by the median and
 by the worst seed, in forty minutes ([pairs.json](pairs.json)).
 
@@ -354,7 +354,7 @@ In part. The cell that the median of eight chooses loses {median}, that of four
 
 The last line is what the exact optimum of that β loses: where `dpo` ends if all goes well. With
 β × 8, at rates of 2e-3 and less, it is there on all seeds, within five points. At the task's own β
-the optimum loses nothing, and a run comes within some 5 to 60 % of it or goes far astray. So the
+the optimum loses nothing, and a run ends anywhere from 5 to 860 % short of it. So the
 loss of pairs has the right optimum, and what is uneven is the way to it. We take it for this: the
 smaller β, the larger the differences of log-probabilities that it asks for, and a loss of
 differences does not hold what both responses of a pair have in common. That was not tested.
@@ -396,7 +396,8 @@ from, on a server's sixteen of another kind, and on a GPU. Torch was another ver
 
 {table}
 
-Rounding moves most figures by a few points; of `dpo`'s it decides. On one machine the figures are
+Rounding, and on the GPU other samples too, moves most figures by a few points; of `dpo`'s it
+decides. On one machine the figures are
 the same whatever else runs: on the GPU six processes side by side gave those of one, to the last
 digit.
 

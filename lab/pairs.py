@@ -1,6 +1,6 @@
 """Is dpo so uneven because of its cell? Twice the tuning seeds, a wider grid, and a careful rule.
 
-    python -m lab.pairs                  resumes; half an hour on two cores
+    python -m lab.pairs                  resumes; forty minutes on two cores
 
 lab/claims.py chose dpo's learning rate and beta as every method's: by the median of four tuning
 seeds. Here every cell runs on eight, and the best is chosen twice: by its median, and by its worst

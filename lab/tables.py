@@ -61,7 +61,7 @@ def machines(told):
             for runs in zip(*(results["runs"] for results in told.values()))]
     seconds = [f"{sum(run['seconds'] for run in results['runs']):.0f} s, "
                f"{results['settings']['jobs']} at a time" for results in told.values()]
-    return markdown(["lost", *told], [*rows, ["all training", *seconds]])
+    return markdown(["lost", *told], [*rows, ["seconds, summed", *seconds]])
 
 
 # ---------------------------------------------------------------- lab/pairs.py

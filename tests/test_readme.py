@@ -197,6 +197,10 @@ def test_the_sentences_under_the_results_are_those_of_the_runs():
     assert (f"but for `una-score-offset`, {heldout('una-score-offset', 'estimated')}, and `dpo`, "
             f"{heldout('dpo')}; with levels `una-binary-bce` loses "
             f"{heldout('una-binary-bce', level=1.0)}.") in prose
+    exact = statistics.median(compare.lost(tables.pick(CLAIMS, "una-binary-bce", "exact", beta=1)))
+    zero = statistics.median(compare.lost(tables.pick(CLAIMS, "una-binary-bce", "zero")))
+    idea = " ".join(section("The idea").split())
+    assert f"that loses {exact:.2g} %, and 0 only {zero:.2g} %" in idea
     runs = [tables.pick(CLAIMS, "dpo"), *(tables.pick(CLAIMS, name) for name in (
         "una-pair", "una-online"))]
     assert [sum(lost > 100 for lost in compare.lost(of)) for of in runs] == [4, 4, 1]
