@@ -1,7 +1,7 @@
 """How much memory a step takes at GPT-2's size: own_model.py, and TRL's DPOTrainer beside it.
 
     pip install -r requirements.txt -r examples/requirements.txt -r examples/requirements-trl.txt
-    python examples/memory.py FILE           two minutes and 8 GB; FILE keeps what other devices had
+    python examples/memory.py FILE          some minutes and 8 GB; FILE keeps what other devices had
 
 The shape is that of the smallest GPT-2, 124M weights, here at random: nothing is downloaded. Two
 steps of two pairs of 512 tokens. TRL keeps the reference in memory, its default; own_model.py has
@@ -90,7 +90,7 @@ def measure(by, bf16, folder):
 def main(path, shape=GPT2):
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, shape)
-        gpu = torch.cuda.is_available()                          # a CPU may take hours in bfloat16
+        gpu = torch.cuda.is_available()                          # a CPU is slow in bfloat16
         runs = [measure(by, bf16, folder) for by in TRAINERS for bf16 in (False, True)[:1 + gpu]]
     device = torch.cuda.get_device_name() if gpu else "cpu"
     told = json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}

@@ -7,16 +7,13 @@ reward models of the pairs among these, with their exact optima. All of it at le
 of lab/claims.py, whose claims.json has what 76,800 judged responses bring. Writes budget.json
 there; python -m lab.claims --tables makes the page of all.
 """
-import json
-import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import train
 from lab import figures, rewards, run
 from lab.claims import REPORTED_SEEDS, TUNING_SEEDS, rows_of, tune
-from lab.resume import Options, Parts, finish, part_path, settled
+from lab.resume import Options, Parts, claims_in, finish, part_path, settled
 from lab.variants import Variant
 
 SIZES, FULL = (1200, 9600), 76_800                                # judged responses
@@ -151,13 +148,7 @@ def main(arguments=None, settings=None):
                                                   "costs.")
     options = Options(**vars(parser.parse_args(arguments)))
     run.check_writable(parser, options.out)
-    path = os.path.join(options.out, "claims.json")
-    try:
-        claims = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        parser.error(f"there is no {path}: python -m lab.claims makes it")
-    except ValueError as error:
-        parser.error(f"{path} is not whole: {error}")
+    claims = claims_in(parser, options.out)
     said = settled(parser, options, settings or train.Settings(), "budget.json",
                    lambda settings: settle(settings, claims))
     return 130 if said is None else 0

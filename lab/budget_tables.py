@@ -202,8 +202,7 @@ def prediction_rows(claims, budget):
         optimiser=(lists[4], max(optimisers) <= 1),
         exploitation=(f"{number(min(apart), '+.2g')} to {number(max(apart), '+.2g')}",
                       min(apart) > 0))
-    return [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
-            for key, text in budget["predictions"].items()]
+    return tables.predicted(budget, found)
 
 
 def all_tables(claims, budget):
@@ -212,7 +211,7 @@ def all_tables(claims, budget):
                 size_cells=markdown(*cell_rows(claims, budget)),
                 models=markdown(*model_rows(claims, budget)),
                 exploitation=markdown(*exploitation_rows(budget)),
-                budget_predictions=markdown(["expected", "found", ""],
+                budget_predictions=markdown(tables.EXPECTED,
                                             prediction_rows(claims, budget)))
 
 

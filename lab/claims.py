@@ -17,7 +17,7 @@ from statistics import median
 
 import train
 from lab import budget_tables, dots, figures, memory, page, resume, run, tables, variants
-from lab.resume import Parts, finish, settled
+from lab.resume import Parts, claims_in, finish, settled
 from lab.run import setting
 from lab.variants import Variant
 
@@ -246,15 +246,8 @@ def main(arguments=None, settings=None):
     parser = run.parser_of(Options, "lab.claims", "The paper's claims, settled.")
     options = Options(**vars(parser.parse_args(arguments)))
     run.check_writable(parser, options.out)
-    path = os.path.join(options.out, "claims.json")
     if options.tables:
-        try:
-            claims = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            parser.error(f"--tables: there is no {path}")
-        except ValueError as error:
-            parser.error(f"--tables: {path} is not whole: {error}")
-        write_page(claims, options.out)
+        write_page(claims_in(parser, options.out), options.out)
         return 0
     settings = settings or train.Settings(methods=[*variants.COMPARED])
     claims = settled(parser, options, settings, "claims.json", settle, write_page)

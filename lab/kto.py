@@ -7,15 +7,13 @@ methods it is what stands for f(x) + c. This runs kto in the cells that lab/clai
 levels, on the reported seeds, and once more with 0 in its place. Writes kto.json, from claims.json
 in the same folder.
 """
-import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import train
 from lab import exact, run, tables
 from lab.claims import REPORTED_SEEDS
-from lab.resume import Options, Parts, finish, part_path, settled
+from lab.resume import Options, Parts, claims_in, finish, part_path, settled
 
 LEVELS = (0.0, 1.0)
 
@@ -69,10 +67,7 @@ def main(arguments=None, settings=None):
     parser = run.parser_of(Options, "lab.kto", "What is kto's z_0 here?")
     options = Options(**vars(parser.parse_args(arguments)))
     run.check_writable(parser, options.out)
-    path = Path(options.out, "claims.json")
-    if not path.exists():
-        parser.error(f"there is no {path}: python -m lab.claims makes it")
-    claims = json.loads(path.read_text(encoding="utf-8"))
+    claims = claims_in(parser, options.out)
     said = settled(parser, options, settings or train.Settings(), "kto.json",
                    lambda settings: settle(settings, claims))
     return 130 if said is None else 0

@@ -131,6 +131,17 @@ class Options:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
 
 
+def claims_in(parser, folder):
+    """What the folder's claims.json says; if there is none, or half, a line and status 2."""
+    path = Path(folder) / "claims.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        parser.error(f"there is no {path}: python -m lab.claims makes it")
+    except ValueError as error:
+        parser.error(f"{path} is not whole: {error}")
+
+
 def settled(parser, options, settings, name, settle, then=None):
     """What settle(settings) says, written to the file `name`; then(it, folder) is called.
 

@@ -18,6 +18,7 @@ from lab.compare import (
     with_range,
 )
 
+EXPECTED = ["expected", "found", ""]
 OWN = {"una-binary-offset": "learned", "una-score-offset": "estimated",
        "una-reward-offset": "estimated"}
 # What each loss of stored feedback was given for f(x) + c: (words, method, offset, knobs).
@@ -91,14 +92,13 @@ def pairs(told):
               f"β × {row['cell']['beta']:g}", with_range(in_percent(row["lost"]), " %"),
               with_range(reported[rule], " %")] for rule, row in chosen.items()]),
         pairs_reported=[with_range(values, " %") for values in reported.values()],
-        pairs_predictions=predicted(told, found))
+        pairs_predictions=markdown(EXPECTED, predicted(told, found)))
 
 
 def predicted(told, found):
     """A row for each prediction; found: {its key: (what was found, whether it holds)}."""
-    return markdown(["expected", "found", ""],
-                    [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
-                     for key, text in told["predictions"].items()])
+    return [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
+            for key, text in told["predictions"].items()]
 
 
 def kto(told):
@@ -117,10 +117,10 @@ def kto(told):
     return dict(
         kto_runs=markdown(["level", "steps where z₀ is 0", "lost", "lost without z₀", "difference"],
                           rows),
-        kto_predictions=predicted(told, dict(
+        kto_predictions=markdown(EXPECTED, predicted(told, dict(
             zero=(f"at least {number(min(found_zeros))} % of the steps", min(found_zeros) >= 90),
             same=(" and ".join(f"{number(100 * share, '.2g')} %" for share in moved) + " of itself",
-                  max(moved) < 0.1))))
+                  max(moved) < 0.1)))))
 
 
 def in_percent(lost):
@@ -257,8 +257,7 @@ def prediction_rows(claims):
                min(apart) < 0 < max(apart)),
         sooner=(f"{number(arrive[0])} s against {number(arrive[1])} s",
                 arrive[0] <= arrive[1] / 2 < math.inf))
-    return [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
-            for key, text in claims["predictions"].items()]
+    return predicted(claims, found)
 
 
 # ---------------------------------------------------------------- f(x) + c
@@ -401,7 +400,7 @@ def tables(claims):
     heading = ["here: lost", "difference", "verdict"]
     return {
         "claims": markdown(["claim", "paper's figures", *heading], paper_rows(claims)),
-        "predictions": markdown(["expected", "found", ""], prediction_rows(claims)),
+        "predictions": markdown(EXPECTED, prediction_rows(claims)),
         "offsets": markdown(*offset_rows(claims)),
         "beyond": markdown(["beyond the paper", *heading], beyond_rows(claims)),
         "passes": markdown(*passes_rows(claims)),
