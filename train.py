@@ -1,17 +1,17 @@
-"""How a policy is trained: reference -> feedback -> each method's losses -> the loop -> the report.
+"""How a policy is trained: reference -> feedback -> batches -> losses -> the loop -> the report.
 
     python train.py                                   every method once, with the settings below
     python train.py --methods una-pair,dpo --seeds 5
     python train.py --help
 """
 import copy
-import functools
 import os
+import pickle
 import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -20,21 +20,51 @@ import torch
 import data
 import una
 from lab import exact, figures, run
-from lab.run import setting, whole
 from model import GPT, GPTConfig, ScalarGPT, sample
 
 
-# ---------------------------------------------------------------- the methods
-# A loss takes the policy, a batch and the beta of its method, and returns one value per example.
-# A batch has tokens, mask and ref_logprob of its responses, and what was said of them: labels,
-# scores or rewards. Of pairs it has all chosen responses first, then all rejected ones. Of mixed
-# feedback it says which rows are what: chosen, rejected, binary and scored are row numbers.
-# offset is f(x) + c of each response's prompt: 0 as in the paper, but for methods that say more.
-def after_prompt(model, tokens):
-    """model(tokens) from the prompt's last token on, (B, 1 + MAX_TOKENS, ...).
+# ---------------------------------------------------------------- the reference
+def train_reference(settings, seed):
+    """pi_ref: a GPT trained from scratch to make the corpus's responses likely. Frozen."""
+    torch.manual_seed(seed)
+    config = GPTConfig(data.ENCODING.n_vocab, data.BLOCK_SIZE, settings.n_layer, settings.n_head,
+                       settings.n_embd)
+    model = GPT(config).to(settings.device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=True)
+    rng = random.Random(seed)
+    for step in range(1, settings.reference_steps + 1):
+        prompts, responses = data.sentences(256, rng)
+        tokens, mask = data.join(data.encode_prompts(prompts), *data.encode_responses(responses))
+        loss = -logprob(model, tokens.to(settings.device), mask.to(settings.device)).mean()
+        descend(optimizer, loss, 3e-3, step, settings.reference_steps)
+        run.show(f"reference | step {step} of {settings.reference_steps} | loss {loss:.3f} nats")
+    model.zero_grad()
+    return model.requires_grad_(False)
 
-    A prompt is computed once for all of its responses, which begin with its cache.
-    """
+
+def descend(optimizer, loss, peak, step, steps):
+    """Optimiser step `step` of `steps`. The learning rate is its peak times two ramps, one up over
+    the first 5% of the steps and one down over all of them; a group of parameters may have `times`
+    as much. The gradient is cut to norm 1. FloatingPointError if it or the loss is not finite."""
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}, at step {step} of {steps}")
+    rate = peak * min(1.0, step / (0.05 * steps)) * (1 - (step - 1) / steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("times", 1)
+    optimizer.zero_grad()
+    loss.backward()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    if not norm.isfinite():
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}, at step {step} of {steps}")
+    optimizer.step()
+
+
+# ---------------------------------------------------------------- log-probabilities
+def after_prompt(model, tokens):
+    """model(tokens) from the prompt's last token on, (B, 1 + MAX_TOKENS, ...): all that predicts
+    the response. A prompt is computed once for all of its responses, which begin with its cache."""
     prompts, row = tokens[:, :data.PROMPT_TOKENS].unique(dim=0, return_inverse=True)
     cache = []
     last = model(prompts, cache)[:, -1:]
@@ -42,27 +72,132 @@ def after_prompt(model, tokens):
     return torch.cat([last[row], model(tokens[:, data.PROMPT_TOKENS:], cache)], dim=1)
 
 
-def model_logprobs(model, tokens, mask):
-    """una.token_logprobs, (B, MAX_TOKENS): a column for each token of the responses."""
-    tokens, mask, logits = *from_prompts_end(tokens, mask), after_prompt(model, tokens)
-    return una.token_logprobs(logits, tokens, mask)
+def logprob(model, tokens, mask, of=una.sequence_logprob):
+    """log pi(y|x) of each row of tokens, mask (B, 7): (B,), nats. With of=una.token_logprobs that
+    of each token of the responses: (B, MAX_TOKENS), 0 where there is none."""
+    start = data.PROMPT_TOKENS - 1                               # its logits predict the first word
+    return of(after_prompt(model, tokens), tokens[:, start:], mask[:, start:])
 
 
-def model_logprob(model, tokens, mask):
-    """una.sequence_logprob, (B,)."""
-    tokens, mask, logits = *from_prompts_end(tokens, mask), after_prompt(model, tokens)
-    return una.sequence_logprob(logits, tokens, mask)
+CHUNK = 2048     # responses at a time, where no gradient is: memory does not grow with their number
 
 
-def from_prompts_end(*columns):
-    """The columns that after_prompt has."""
-    return [part[:, data.PROMPT_TOKENS - 1:] for part in columns]
+@torch.no_grad()
+def logprob_in_chunks(model, tokens, mask):
+    """logprob of any number of responses."""
+    return torch.cat([logprob(model, *chunk)
+                      for chunk in zip(tokens.split(CHUNK), mask.split(CHUNK))])
 
 
+# ---------------------------------------------------------------- stored feedback
+def collect_feedback(settings, seed, reference):
+    """The training prompts in turn, two responses of the reference to each, feedback on them all.
+
+    A namespace: data.Feedback's tensors; ref_logprob (N,), nats; prompt (N,), the number of each
+    response's prompt; offset (N,), f(x) + c, here 0. The held-out prompts get no feedback.
+    """
+    prompt = torch.arange(settings.judged) // 2 % len(data.TRAIN_PROMPTS)
+    x = data.encode_prompts(data.TRAIN_PROMPTS)[prompt]                                  # (N, 3)
+    generator = torch.Generator(settings.device).manual_seed(seed)
+    chunks = [sample(reference, chunk, data.MAX_TOKENS, data.EOT, generator)
+              for chunk in x.to(settings.device).split(CHUNK)]
+    y, mask = (torch.cat(parts).cpu() for parts in zip(*chunks))                         # (N, 4)
+    told = vars(data.feedback_on(x, y, mask, torch.Generator().manual_seed(seed), settings.level))
+    told |= dict(prompt=prompt, offset=torch.zeros(len(prompt)))
+    feedback = SimpleNamespace(**{name: part.to(settings.device) for name, part in told.items()})
+    feedback.ref_logprob = logprob_in_chunks(reference, feedback.tokens, feedback.mask)
+    return feedback
+
+
+def with_mismatched_pairs(feedback, reference):
+    """The feedback, and beside it what KTO needs for its reference point."""
+    tokens, mask = data.mismatched(feedback.tokens, feedback.mask)
+    return SimpleNamespace(**vars(feedback), other_tokens=tokens, other_mask=mask,
+                           other_ref_logprob=logprob_in_chunks(reference, tokens, mask))
+
+
+def start_offsets(method, feedback, beta):
+    """f(x) + c of each prompt, (X,), in units of reward, where a Method begins with it.
+
+    Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Learned: from 0.
+    """
+    offsets = torch.zeros(len(data.TRAIN_PROMPTS), device=feedback.scores.device)
+    if method.offset == "estimated":
+        rewards = feedback.scores.logit()
+        for prompt in range(len(offsets)):
+            offsets[prompt] = una.estimated_offset(rewards[feedback.prompt == prompt], beta)
+    return offsets.requires_grad_(method.offset == "learned")
+
+
+def train_reward_model(settings, seed, reference, feedback, learning_rate=3e-4):
+    """r_phi: Eq. 2 on the pairs, from the reference's weights with a scalar head. Frozen."""
+    reward_model = ScalarGPT(reference).to(feedback.tokens.device)
+    optimizer = torch.optim.Adam(reward_model.parameters(), betas=(0.9, 0.99), fused=True)
+    size = min(len(feedback.pairs), settings.batch // 2)
+    batches = data.shuffled(feedback.pairs, size, torch.Generator().manual_seed(seed))
+    for step in range(1, settings.steps + 1):
+        chosen, rejected = (model_reward(reward_model, feedback.tokens[rows], feedback.mask[rows])
+                            for rows in next(batches).T)
+        loss = una.reward_model_loss(chosen, rejected).mean()
+        descend(optimizer, loss, learning_rate, step, settings.steps)
+        run.show(f"reward model | step {step} of {settings.steps}")
+    reward_model.zero_grad()
+    return reward_model.requires_grad_(False)
+
+
+def model_reward(reward_model, tokens, mask):
+    """The reward model's reward, read at each response's last token, (B,)."""
+    mask = mask[:, data.PROMPT_TOKENS - 1:]
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return (after_prompt(reward_model, tokens) * last).sum(1)
+
+
+# ---------------------------------------------------------------- batches
+# What a loss is given, of B responses: tokens, mask (B, 7), as data.join's; ref_logprob (B,); and
+#     stored   labels, scores (B,), data.Feedback's; prompt (B,), its number; offset (B,), f(x) + c.
+#              Of pairs all chosen responses come first, then all rejected ones, in the same order.
+#              Of mixed feedback chosen, rejected, binary and scored say which rows are what. For
+#              kto other_tokens, other_mask (B, 7) and other_ref_logprob (B,): mismatched pairs.
+#     fresh    rewards (B,); per_prompt, how many responses in a row answer one prompt; offset, 0;
+#              for ppo ref_logprobs (B, 4) of the tokens, the value model, and advantages: None
+#              until ppo has made them, and what else has to stay as it was, from its first look.
+def stored_batches(method, shared, size, seed, offsets):
+    """What a Method learns from for ever, if its feedback is stored; offsets (X,) of the prompts.
+    """
+    feedback = shared.feedback
+    if method.mismatched:
+        feedback = with_mismatched_pairs(feedback, shared.reference)
+    for batch in data.stored_batches(method.feedback, feedback, size, seed):
+        batch.offset = offsets[batch.prompt]
+        yield batch
+
+
+def fresh_batches(policy, value, shared, size, seed, level=0.0):
+    """`size` samples of the policy as it is, rewarded by the judge or by the reward model."""
+    prompts = data.encode_prompts(data.TRAIN_PROMPTS).to(policy.wte.weight.device)
+    generator = torch.Generator(prompts.device).manual_seed(seed)
+    per_prompt = size // len(prompts)
+    x = prompts.repeat_interleave(per_prompt, 0)                                         # (B, 3)
+    while True:
+        y, y_mask = sample(policy, x, data.MAX_TOKENS, data.EOT, generator)
+        tokens, mask = data.join(x, y, y_mask)
+        with torch.no_grad():
+            ref_logprobs = logprob(shared.reference, tokens, mask, una.token_logprobs)
+            if shared.reward_model:
+                rewards = model_reward(shared.reward_model, tokens, mask)
+            else:
+                rewards = (data.reward(x, y) + data.prompt_level(x, level)).to(x.device)
+        yield SimpleNamespace(tokens=tokens, mask=mask, rewards=rewards, per_prompt=per_prompt,
+                              ref_logprob=ref_logprobs.sum(1), ref_logprobs=ref_logprobs,
+                              offset=0.0, value=value, advantages=None)
+
+
+# ---------------------------------------------------------------- losses
+# A loss takes the policy, a batch and the beta of its method, and returns one value per example.
 def implicit_reward(policy, batch, beta):
     """Eq. 6: beta log pi/pi_ref + f(x) + c, (B,)."""
-    logprob = model_logprob(policy, batch.tokens, batch.mask)
-    return una.implicit_reward(logprob, batch.ref_logprob, beta, batch.offset)
+    return una.implicit_reward(logprob(policy, batch.tokens, batch.mask), batch.ref_logprob, beta,
+                               batch.offset)
 
 
 def una_pair(policy, batch, beta):
@@ -102,30 +237,27 @@ def una_mixed(policy, batch, beta):
 
 def dpo(policy, batch, beta):
     """Eq. 5."""
-    chosen, rejected = model_logprob(policy, batch.tokens, batch.mask).chunk(2)
-    return una.dpo_loss(chosen, rejected, *batch.ref_logprob.chunk(2), beta)
+    chosen, rejected = logprob(policy, batch.tokens, batch.mask).chunk(2)
+    ref_chosen, ref_rejected = batch.ref_logprob.chunk(2)
+    return una.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
 
 
 def kto(policy, batch, beta):
     """KTO, its reference point from the same prompts with the responses to others."""
-    logprob = model_logprob(policy, batch.tokens, batch.mask)
+    its_own = logprob(policy, batch.tokens, batch.mask)
     with torch.no_grad():
-        other_logprob = model_logprob(policy, batch.other_tokens, batch.other_mask)
-    return una.kto_loss(logprob, batch.ref_logprob, batch.labels,
-                        other_logprob, batch.other_ref_logprob, beta)
+        other = logprob(policy, batch.other_tokens, batch.other_mask)
+    return una.kto_loss(its_own, batch.ref_logprob, batch.labels, other, batch.other_ref_logprob,
+                        beta)
 
 
-def una_online(policy, batch, beta, leave_one_out=False):
-    """Eq. 7 on fresh samples. The baseline is the mean residual of a prompt's n samples. Each is
-    among its own n: that scales the gradient by 1 - 1/n, and changes nothing else. So it is n - 1
-    over n times that with leave_one_out, where the mean is of the others."""
+def una_online(policy, batch, beta):
+    """Eq. 7 on fresh samples. There any f(x) + c leaves the mean gradient as it is; the mean
+    residual of a prompt's samples takes out most of its noise."""
     reward = implicit_reward(policy, batch, beta)
-    residual = (batch.rewards - reward).detach().view(-1, batch.per_prompt)
-    baseline = residual.mean(1, keepdim=True).expand_as(residual)
-    if leave_one_out:
-        n = batch.per_prompt
-        baseline = (n * baseline - residual) / (n - 1)
-    return una.una_reward_loss(reward + baseline.flatten(), batch.rewards)
+    residual = (batch.rewards - reward).detach().view(-1, batch.per_prompt)      # prompt by prompt
+    offset = residual.mean(1, keepdim=True).expand_as(residual)                  # f(x) + c
+    return una.una_reward_loss(reward + offset.flatten(), batch.rewards)
 
 
 def una_online_score(policy, batch, beta):
@@ -137,34 +269,33 @@ def una_online_score(policy, batch, beta):
 PPO_CLIP, PPO_LAMBDA = 0.2, 1.0                     # of ratio and value; of advantages
 
 
-def ppo(policy, batch, beta, divide=False):
-    """Eq. 3 by PPO: the policy's loss and the value model's. The first call on a batch freezes
-    what is old, while pi is the policy that sampled it. With divide, advantages are divided by
-    their standard deviation, as is usual; as they vanish, that blows their noise up again."""
+def ppo(policy, batch, beta):
+    """Eq. 3 by PPO: the policy's loss and the value model's. What is old is frozen at the first
+    step on a batch, while pi is the policy that sampled it."""
     response = batch.mask[:, data.PROMPT_TOKENS:]
-    logprobs = model_logprobs(policy, batch.tokens, batch.mask)
-    values = after_prompt(batch.value, batch.tokens)[:, :-1]     # before each token
-    if not hasattr(batch, "advantages"):
+    logprobs = logprob(policy, batch.tokens, batch.mask, una.token_logprobs)     # (B, 4)
+    values = after_prompt(batch.value, batch.tokens)[:, :-1]     # (B, 4): before each token
+    if batch.advantages is None:
         batch.old_logprobs, batch.old_values = logprobs.detach(), values.detach()
         rewards = una.ppo_token_rewards(batch.rewards, batch.old_logprobs, batch.ref_logprobs,
                                         response, beta)
         advantages, batch.targets = una.ppo_advantages(rewards, batch.old_values, response,
                                                        PPO_LAMBDA)
         batch.advantages = advantages - advantages[response].mean()
-        if divide:
-            batch.advantages /= advantages[response].std() + 1e-8
     return (una.ppo_policy_loss(logprobs, batch.old_logprobs, batch.advantages, response, PPO_CLIP)
             + una.ppo_value_loss(values, batch.old_values, batch.targets, response, PPO_CLIP))
 
 
+# ---------------------------------------------------------------- the methods
 class Method(NamedTuple):
-    feedback: str          # pairs, binary, scores or mixed: stored; fresh: samples of the policy
+    feedback: str               # pairs, binary, scores, mixed: stored; fresh: the policy's samples
     loss: Callable
     learning_rate: float
-    beta: float            # inside the loss, as a multiple of the task's
-    offset: str = "zero"   # f(x) + c: zero, estimated or learned, one number a prompt
-    epochs: int = 1        # optimiser steps on each batch
-    needs: str = ""        # a value model, or mismatched pairs
+    beta_multiple: float        # of the task's beta: what the loss has for beta
+    offset: str = "zero"        # f(x) + c: zero, estimated or learned, one number a prompt
+    epochs: int = 1             # optimiser steps on each batch
+    value_model: bool = False   # is one trained beside the policy?
+    mismatched: bool = False    # does the loss need mismatched pairs?
 
 
 # The settings are the best cells of lab/claims.py's grids.
@@ -173,27 +304,27 @@ METHODS = {
     "una-pair": Method("pairs", una_pair, 4e-3, 1),
     "una-binary-mse": Method("binary", una_binary_mse, 2e-3, 0.03125),
     "una-binary-bce": Method("binary", una_binary_bce, 2e-3, 0.0625),
-    "una-binary-offset": Method("binary", una_binary_bce, 2e-3, 0.25, "learned"),
+    "una-binary-learned": Method("binary", una_binary_bce, 2e-3, 0.25, "learned"),
     "una-score": Method("scores", una_score, 1e-3, 0.03125),
-    "una-score-offset": Method("scores", una_score, 8e-3, 1, "estimated"),
-    "una-reward-offset": Method("scores", una_reward, 4e-3, 1, "estimated"),
+    "una-score-estimated": Method("scores", una_score, 8e-3, 1, "estimated"),
+    "una-score-learned": Method("scores", una_score, 8e-3, 1, "learned"),
+    "una-reward-estimated": Method("scores", una_reward, 4e-3, 1, "estimated"),
     "una-mixed": Method("mixed", una_mixed, 2e-3, 0.0625),
     "dpo": Method("pairs", dpo, 4e-3, 1),
-    "kto": Method("binary", kto, 4e-3, 0.125, needs="mismatched pairs"),
+    "kto": Method("binary", kto, 4e-3, 0.125, mismatched=True),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
     "una-online-score": Method("fresh", una_online_score, 1e-3, 0.5),
-    "ppo": Method("fresh", ppo, 6e-3, 1, needs="a value model"),
+    "ppo": Method("fresh", ppo, 6e-3, 1, value_model=True),
 }
 
 
 # ---------------------------------------------------------------- the loop
-def align(method, policy, batches, beta, steps, value=None, checkpoints=(), observe=None,
-          offsets=None):
+def align(method, policy, batches, beta, steps, value=None, offsets=None, look=None, at=()):
     """Trains the policy by a Method, and with it PPO's value model, or offsets to be learned.
 
-    batches yields a batch for each step. At the checkpoints, observe(step, seconds, loss, policy)
-    is called, on its own time. Returns what the training was: first loss, seconds, bytes of
-    weights, gradients and optimiser state. FloatingPointError where it leaves the numbers.
+    After the steps in `at`, look(step, seconds, loss) is called, on its own time. Returns first
+    and last loss, seconds, and state_bytes: weights, gradients and optimiser state of what is
+    trained. FloatingPointError where that leaves the numbers.
     """
     trained = [*policy.parameters(), *(value.parameters() if value else [])]
     groups = [dict(params=trained)]
@@ -201,23 +332,22 @@ def align(method, policy, batches, beta, steps, value=None, checkpoints=(), obse
         trained = [*trained, offsets]
         groups.append(dict(params=[offsets], times=OFFSET_TIMES))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    first_loss, clock = None, run.Clock(trained[0].device)
-    try:
-        for step in range(1, steps + 1):
-            with clock:
-                batch = next(batches)
-                for _ in range(method.epochs):
-                    loss = method.loss(policy, batch, beta).mean()
-                    first_loss = loss.item() if first_loss is None else first_loss
-                    descend(optimizer, loss, method.learning_rate, step, steps)
-            left = clock.seconds / step * (steps - step)
-            run.show(f"step {step} of {steps} | loss {loss.item():.4f} | {left:.0f} s left")
-            if step in checkpoints:
-                observe(step, clock.seconds, loss.item(), policy)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error}, at step {step} of {steps}") from None
+    start_loss, seconds, began = None, 0.0, time.perf_counter()
+    for step in range(1, steps + 1):
+        batch = next(batches)
+        for _ in range(method.epochs):
+            loss = method.loss(policy, batch, beta).mean()
+            start_loss = loss.item() if start_loss is None else start_loss
+            descend(optimizer, loss, method.learning_rate, step, steps)
+        last_loss = loss.item()                                  # waits for the device
+        now = seconds + time.perf_counter() - began
+        run.show(f"{method.loss.__name__} | step {step} of {steps} | loss {last_loss:.4f} (at "
+                 f"start {start_loss:.4f}) | {now / step * (steps - step):.0f} s left")
+        if step in at:
+            look(step, now, last_loss)
+            seconds, began = now, time.perf_counter()
     state = [part for parts in optimizer.state.values() for part in parts.values()]
-    return dict(start_loss=first_loss, seconds=clock.seconds,
+    return dict(start_loss=start_loss, loss=last_loss, seconds=now,
                 state_bytes=size_in_bytes([*trained, *(p.grad for p in trained), *state]))
 
 
@@ -225,292 +355,90 @@ def size_in_bytes(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def descend(optimizer, loss, peak, step, steps):
-    """Optimiser step `step` of `steps`. The learning rate is its peak times two ramps, one up over
-    the first 5% of the steps and one down over all of them. The gradient is cut to norm 1.
-    FloatingPointError if it or the loss is not finite."""
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()}")
-    rate = peak * min(1.0, step / (0.05 * steps)) * (1 - (step - 1) / steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("times", 1)
-    optimizer.zero_grad()
-    loss.backward()
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    if not norm.isfinite():
-        raise FloatingPointError(f"the gradient has norm {norm.item()}")
-    optimizer.step()
-
-
-# ---------------------------------------------------------------- what the methods learn from
-def train_reference(settings, seed):
-    """pi_ref: a GPT trained from scratch to make the corpus's responses likely. Frozen."""
-    torch.manual_seed(seed)
-    config = GPTConfig(data.ENCODING.n_vocab, data.BLOCK_SIZE, settings.n_layer, settings.n_head,
-                       settings.n_embd)
-    model = GPT(config).to(settings.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
-    rng = random.Random(seed)
-    for step in range(1, settings.reference_steps + 1):
-        prompts, responses = data.sentences(256, rng)
-        tokens, mask = data.join(data.encode_prompts(prompts), *data.encode_responses(responses))
-        loss = -model_logprob(model, tokens.to(settings.device), mask.to(settings.device)).mean()
-        descend(optimizer, loss, 3e-3, step, settings.reference_steps)
-        run.show(f"reference | step {step} of {settings.reference_steps} | "
-                 f"loss {loss.item():.3f} nats")
-    model.zero_grad()
-    return model.requires_grad_(False)
-
-
-CHUNK = 2048     # responses at a time, where no gradient is: memory does not grow with their number
-
-
-def collect_feedback(settings, seed, reference):
-    """Two responses of the reference to one training prompt after the other, and feedback on them.
-
-    The held-out prompts get none. A namespace: data.Feedback's tensors, ref_logprob (R,), prompt
-    (R,), the number of each response's prompt, and offset (R,), 0.
-    """
-    in_turn = torch.arange(settings.judged) // 2 % len(data.TRAIN_PROMPTS)
-    prompts = data.encode_prompts(data.TRAIN_PROMPTS)[in_turn]
-    generator = torch.Generator(settings.device).manual_seed(seed)
-    chunks = [sample(reference, chunk, data.MAX_TOKENS, data.EOT, generator)
-              for chunk in prompts.to(settings.device).split(CHUNK)]
-    responses, mask = (torch.cat(parts) for parts in zip(*chunks))
-    feedback = data.feedback_on(prompts, responses.cpu(), mask.cpu(),
-                                torch.Generator().manual_seed(seed), settings.level)
-    feedback = SimpleNamespace(**{name: tensor.to(settings.device) for name, tensor in dict(
-        vars(feedback), prompt=in_turn, offset=torch.zeros(len(in_turn))).items()})
-    feedback.ref_logprob = logprob_in_chunks(reference, feedback.tokens, feedback.mask)
-    return feedback
-
-
-@torch.no_grad()
-def logprob_in_chunks(model, tokens, mask):
-    """model_logprob of any number of responses, in memory that does not grow with it."""
-    return torch.cat([model_logprob(model, *chunk)
-                      for chunk in zip(tokens.split(CHUNK), mask.split(CHUNK))])
-
-
-def with_mismatched_pairs(feedback, reference):
-    """The feedback, and beside it what KTO needs for its reference point."""
-    tokens, mask = data.mismatched(feedback.tokens, feedback.mask)
-    return SimpleNamespace(**vars(feedback), other_tokens=tokens, other_mask=mask,
-                           other_ref_logprob=logprob_in_chunks(reference, tokens, mask))
-
-
-def start_offsets(method, feedback, beta):
-    """f(x) + c of each prompt, (P,), where a Method of stored feedback begins with it.
-
-    Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Learned: from 0.
-    """
-    offsets = torch.zeros(len(data.TRAIN_PROMPTS), device=feedback.scores.device)
-    if method.offset == "estimated":
-        rewards = feedback.scores.logit()
-        for prompt in range(len(offsets)):
-            offsets[prompt] = una.estimated_offset(rewards[feedback.prompt == prompt], beta)
-    return offsets.requires_grad_(method.offset == "learned")
-
-
-def fresh_samples(policy, prompts, per_prompt, generator):
-    """tokens and mask of per_prompt responses of the policy to each prompt, prompt by prompt."""
-    x = prompts.repeat_interleave(per_prompt, 0)
-    return data.join(x, *sample(policy, x, data.MAX_TOKENS, data.EOT, generator))
-
-
-def fresh_batches(policy, value, shared, size, seed, level=0.0):
-    """For ever: `size` samples of the policy as it is, with their rewards; value is for PPO."""
-    prompts = data.encode_prompts(data.TRAIN_PROMPTS).to(policy.wte.weight.device)
-    generator = torch.Generator(prompts.device).manual_seed(seed)
-    per_prompt = size // len(prompts)
-    while True:
-        tokens, mask = fresh_samples(policy, prompts, per_prompt, generator)
-        with torch.no_grad():
-            ref_logprobs = model_logprobs(shared.reference, tokens, mask)
-            rewards = (model_reward(shared.reward_model, tokens, mask) if shared.reward_model
-                       else judge_reward(tokens, mask, level))
-        yield SimpleNamespace(tokens=tokens, mask=mask, rewards=rewards, per_prompt=per_prompt,
-                              ref_logprobs=ref_logprobs, ref_logprob=ref_logprobs.sum(1),
-                              offset=0.0, value=value)
-
-
-def judge_reward(tokens, mask, level=0.0):
-    """The judge's reward of prompts and responses, (B,)."""
-    prompts, responses = tokens.split([data.PROMPT_TOKENS, data.MAX_TOKENS], dim=1)
-    rewards = data.reward(prompts, responses)
-    return (rewards + data.prompt_level(prompts, level)).to(tokens.device)
-
-
-def model_reward(reward_model, tokens, mask):
-    """The reward model's, read at each response's last token, (B,)."""
-    (mask,) = from_prompts_end(mask)
-    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return (after_prompt(reward_model, tokens) * last).sum(1)
-
-
-def train_reward_model(settings, seed, reference, feedback, learning_rate=3e-4):
-    """r_phi: Eq. 2 on the pairs, from the reference's weights with a scalar head. Frozen."""
-    reward_model = ScalarGPT(reference).to(feedback.tokens.device)
-    optimizer = torch.optim.Adam(reward_model.parameters(), betas=(0.9, 0.99), fused=True)
-    size = min(len(feedback.pairs), settings.batch // 2)
-    batches = data.shuffled(feedback.pairs, size, torch.Generator().manual_seed(seed))
-    for step in range(1, settings.steps + 1):
-        chosen, rejected = (model_reward(reward_model, feedback.tokens[rows], feedback.mask[rows])
-                            for rows in next(batches).T)
-        loss = una.reward_model_loss(chosen, rejected).mean()
-        descend(optimizer, loss, learning_rate, step, settings.steps)
-        run.show(f"reward model | step {step} of {settings.steps}")
-    reward_model.zero_grad()
-    return reward_model.requires_grad_(False)
+def frozen_bytes(shared):
+    """Of the models that fresh samples need beside the policy."""
+    return sum(size_in_bytes(model.parameters())
+               for model in (shared.reference, shared.reward_model) if model)
 
 
 # ---------------------------------------------------------------- a seed, and a method on it
-@dataclass
-class Settings:
-    """Every setting is a flag of the command line."""
-    methods: list = setting("all", "methods to run, comma-separated, or all", run.names(METHODS))
-    seeds: int = setting(1, "runs per method, each with its own reference and feedback", whole(1))
-    seed: int = setting(0, "the first seed; the others follow it", whole(0, most=2 ** 32))
-    beta: float = setting(0.25, "the task's beta: price of a nat of KL, in units of reward",
-                          run.between(1e-4, 1e6))
-    reward: str = setting("judge", "who rewards the online methods", choices=("judge", "model"))
-    steps: int = setting(400, "alignment steps of every method, a batch each", whole(1))
-    batch: int = setting(192, "responses per alignment step", whole(2))
-    judged: int = setting(0, "stored responses that get feedback, 0: steps x batch, so that each "
-                          "is seen once", whole(0, multiple_of=2))
-    level: float = setting(0.0, "how far prompts differ: adds level x (-1, -1/3, 1/3, 1) to all "
-                           "rewards of a prompt, by its noun", run.between(0, 4))
-    reference_steps: int = setting(500, "steps of the reference, 256 sentences each", whole(1))
-    evaluations: int = setting(6, "points of an online method's learning curve behind step 0, "
-                               "geometric from steps/32 to steps", whole(1))
-    n_layer: int = setting(2, "layers of the GPT", whole(1))
-    n_head: int = setting(4, "attention heads of each layer", whole(1))
-    n_embd: int = setting(64, "width of the GPT", whole(1))
-    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    jobs: int = setting(0, "methods side by side, a thread each, 0: one a core, 1 on an "
-                        "accelerator; no figure depends on it", whole(0))
-    out: str = setting("out/toy", "folder for results.json, pictures and weights")
-    quick: bool = setting(False, "a short run of everything, to see that it works")
+def prepare(settings, seed):
+    """What all methods of a seed share, and the entries of pi_ref and of pi* in results.json.
 
-    def __post_init__(self):
-        self.judged = self.judged or max(24, self.steps * self.batch // 2 * 2)
-
-
-QUICK = dict(steps=60, reference_steps=200, evaluations=2, n_layer=1, n_embd=32)
-
-
-def prepare(settings, seed, path, reference=None):
-    """What all methods of a seed share, saved at path: its entries in results.json.
-
-    reference: of the same seed and size, if it is there already.
+    Shared is a namespace: reference, feedback, reward_model (or None), worlds, an exact.World each
+    of the training and of the held-out prompts.
     """
-    run.begin(f"seed {seed}")
-    stages = ("reference", "feedback", "evaluation")
-    clocks = {stage: run.Clock(settings.device) for stage in stages}
-    with clocks["reference"]:
-        reference = reference or train_reference(settings, seed)
-    with clocks["feedback"]:
-        feedback, reward_model = collect_feedback(settings, seed, reference), None
-        if settings.reward == "model":
-            reward_model = train_reward_model(settings, seed, reference, feedback)
-    with clocks["evaluation"]:
-        worlds = {name: exact.World(reference, prompts, settings.beta, settings.level)
-                  for name, prompts in (("train", data.TRAIN_PROMPTS),
-                                        ("heldout", data.HELDOUT_PROMPTS))}
-        start, best = exact.reference_and_optimum(worlds)
+    reference = train_reference(settings, seed)
+    feedback, reward_model = collect_feedback(settings, seed, reference), None
+    if settings.reward == "model":
+        reward_model = train_reward_model(settings, seed, reference, feedback)
+    worlds = {split: exact.World(reference, prompts, settings.beta, settings.level)
+              for split, prompts in (("train", data.TRAIN_PROMPTS),
+                                     ("heldout", data.HELDOUT_PROMPTS))}
+    start, best = exact.reference_and_optimum(worlds)
     save_weights(settings, f"reference-{seed}", reference)
-    run.save(path, functools.partial(torch.save, SimpleNamespace(
-        reference=reference, feedback=feedback, reward_model=reward_model, worlds=worlds,
-        start=start["train"])))
-    load.cache_clear()                                           # it may hold an earlier run's file
-    seconds = {stage: clocks[stage].seconds for stage in stages}
-    start = dict(method="reference", seed=seed, stages=seconds, **start,
-                 samples=example_responses(reference, seed))
-    return dict(reference=start, optimum=dict(method="optimum", seed=seed, **best))
+    start = dict(method="reference", seed=seed, **start, samples=example_responses(reference, seed))
+    return (SimpleNamespace(reference=reference, feedback=feedback, reward_model=reward_model,
+                            worlds=worlds), start, dict(method="optimum", seed=seed, **best))
 
 
-@functools.lru_cache(maxsize=1)
-def load(path):
-    return torch.load(path, weights_only=False)
-
-
-def batches_for(method, policy, value, shared, settings, seed, offsets=None):
-    """What a method learns from, batch by batch, for ever."""
+def begin(method, settings, seed, shared, offsets=None):
+    """What align needs of a method: a policy that is pi_ref yet, the batches for it, PPO's value
+    model and f(x) + c of the training prompts (X,), each None where there is none."""
+    policy = copy.deepcopy(shared.reference).requires_grad_(True)
+    value = ScalarGPT(policy).to(settings.device) if method.value_model else None
     if method.feedback == "fresh":
-        yield from fresh_batches(policy, value, shared, settings.batch, seed, settings.level)
-    feedback = shared.feedback
-    if method.needs == "mismatched pairs":
-        feedback = with_mismatched_pairs(feedback, shared.reference)
-    for batch in data.stored_batches(method.feedback, feedback, settings.batch, seed):
-        if offsets is not None:
-            batch.offset = offsets[batch.prompt]
-        yield batch
+        batches = fresh_batches(policy, value, shared, settings.batch, seed, settings.level)
+        return policy, batches, value, None
+    if offsets is None:
+        offsets = start_offsets(method, shared.feedback, method.beta_multiple * settings.beta)
+    batches = stored_batches(method, shared, settings.batch, seed, offsets)
+    return policy, batches, value, offsets
 
 
-def run_job(settings, seed, name, path):
-    """run_method on what prepare saved at path."""
-    return run_method(settings, seed, name, load(path))
-
-
-def run_method(settings, seed, name, shared, method=None, observer=exact.Observer, offsets=None):
+def run_method(settings, seed, name, shared):
     """One run of a method on what it shares with the others: its entry in results.json.
 
-    method stands in for METHODS[name], offsets (P,) for what its offset rule says of the training
-    prompts. A run that leaves the numbers says why in "diverged" and has no figures.
+    A run that leaves the numbers says why in "diverged" and has no figures.
     """
-    run.begin(f"seed {seed} | {name}")
-    method = method or METHODS[name]
-    fresh, beta = method.feedback == "fresh", method.beta * settings.beta
-    policy = copy.deepcopy(shared.reference).requires_grad_(True)
-    value = None
-    if method.needs == "a value model":
-        value = ScalarGPT(shared.reference).to(settings.device)
-    if offsets is None and not fresh:
-        offsets = start_offsets(method, shared.feedback, beta)
-    batches = batches_for(method, policy, value, shared, settings, seed, offsets)
-    # Stored feedback is looked at once, at the end; of the online methods a curve is drawn.
-    apart = 32 ** (1 / max(1, settings.evaluations - 1))
-    checkpoints = {max(1, round(settings.steps / apart ** i))
-                   for i in range(settings.evaluations if fresh else 1)}
-    observe = observer(shared.worlds, shared.start, settings.steps)
+    method, world = METHODS[name], shared.worlds["train"]
+    fresh, beta = method.feedback == "fresh", method.beta_multiple * settings.beta
+    policy, batches, value, offsets = begin(method, settings, seed, shared)
     entry = dict(method=name, seed=seed, beta=settings.beta, method_beta=beta,
-                 learning_rate=method.learning_rate)
-    if fresh:
-        entry["reward_source"] = settings.reward
+                 learning_rate=method.learning_rate, reward_source=settings.reward)
+    curve = [point(0, 0.0, exact.evaluate(world, world.ref_logprobs))]
+
+    def look(step, seconds, loss):
+        reached = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
+        curve.append(point(step, seconds, reached, loss=loss))
+    # A curve is drawn of the methods that sample; of the others only the end is looked at.
+    halves = {settings.steps >> i for i in range(1, 6) if settings.steps >> i >= 10}
     try:
-        entry |= align(method, policy, batches, beta, settings.steps, value, checkpoints, observe,
-                       offsets)
+        entry |= align(method, policy, batches, beta, settings.steps, value, offsets, look,
+                       halves if fresh else ())
+        ends = {split: exact.policy_logprobs(policy, of.prompts)
+                for split, of in shared.worlds.items()}
     except FloatingPointError as error:
-        return dict(runs=entry | dict(diverged=str(error)))
+        return entry | dict(diverged=str(error))
+    entry |= {split: exact.evaluate(shared.worlds[split], end) for split, end in ends.items()}
+    curve.append(point(settings.steps, entry["seconds"], entry["train"], loss=entry["loss"]))
     if fresh:
-        frozen = [shared.reference, *([shared.reward_model] if shared.reward_model else [])]
-        entry["state_bytes"] += sum(size_in_bytes(model.parameters()) for model in frozen)
+        entry["state_bytes"] += frozen_bytes(shared)
     else:                                                        # apart: under DPO both may fall
         pairs = data.take(shared.feedback, shared.feedback.pairs[:1024].T.flatten())
         with torch.no_grad():
             chosen, rejected = implicit_reward(policy, pairs, beta).chunk(2)
-        entry |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item())
-        if method.offset != "zero":
-            entry["offsets"] = offsets.tolist()                  # f(x) + c of each training prompt
-    if fresh and shared.reward_model:
-        entry["reward_model"] = reward_model_report(shared, policy, seed)
+        entry |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item(),
+                      offsets=offsets.tolist())                  # f(x) + c of each training prompt
     save_weights(settings, f"{name}-{seed}", policy)
-    return dict(runs=entry | observe.report() | dict(samples=example_responses(policy, seed)))
+    return entry | dict(curve=curve, dots=exact.reward_dots(world, ends["train"]),
+                        samples=example_responses(policy, seed))
 
 
-def reward_model_report(shared, policy, seed):
-    """exact.reward_model_report, of some 4096 samples of the reference and of the policy."""
-    prompts = shared.worlds["train"].prompts.to(policy.wte.weight.device)
-    generator = torch.Generator(prompts.device).manual_seed(seed)
-    per_prompt = 4096 // len(prompts) // 2 * 2                   # even: no pair is of two prompts
-    samples = [fresh_samples(model, prompts, per_prompt, generator)
-               for model in (shared.reference, policy)]
-    with torch.no_grad():
-        by_model = torch.stack([model_reward(shared.reward_model, *both) for both in samples])
-        by_judge = torch.stack([judge_reward(*both) for both in samples])
-    return exact.reward_model_report(by_model, by_judge)
+def point(step, seconds, reached, **more):
+    """A point of a learning curve, from exact.evaluate's figures."""
+    return dict(step=step, seconds=seconds, objective=reached["objective"],
+                regret=reached["regret"], **more)
 
 
 def example_responses(model, seed):
@@ -524,75 +452,118 @@ def example_responses(model, seed):
 
 
 def save_weights(settings, name, model):
-    if not settings.out:
-        return
     state = dict(config=asdict(model.config), weights=model.state_dict())
-    run.save(os.path.join(settings.out, f"{name}.pt"), functools.partial(torch.save, state))
+    if settings.out:
+        run.save(os.path.join(settings.out, f"{name}.pt"), lambda path: torch.save(state, path))
 
 
 # ---------------------------------------------------------------- the whole run
-def parse(arguments):
-    """Settings from the command line. What is wrong with them is one line, and status 2."""
-    parser = run.parser_of(Settings, "train.py", "UNA on a toy task whose optimum is known.")
-    given = vars(parser.parse_args(arguments))
-    settings = Settings(**(QUICK if given.get("quick") else {}) | given)
-    if settings.methods == "all":
-        settings.methods = [*METHODS]
+DEVICES = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available, cpu=lambda: True)
+NUMBERS = (  # flag, default, least, most, what it is
+    ("seeds", 1, 1, 10**6, "runs of each method, each with its own reference and feedback"),
+    ("seed", 0, 0, 2**32, "the first seed; the others follow it"),
+    ("beta", 0.25, 1e-4, 1e6, "the task's: price of a nat of KL, in units of reward"),
+    ("steps", 400, 1, 10**9, "alignment steps of every method, a batch each"),
+    ("batch", 192, 2, 10**9, "responses per alignment step"),
+    ("judged", 0, 0, 10**9, "stored responses with feedback; 0: steps x batch, each seen once"),
+    ("level", 0.0, 0, 4, "adds LEVEL x (-1, -1/3, 1/3, 1) to a prompt's rewards, by its noun"),
+    ("reference-steps", 500, 1, 10**9, "steps of the reference, 256 sentences each"),
+    ("n-layer", 2, 1, 10**4, "layers of the GPT"),
+    ("n-head", 4, 1, 10**4, "attention heads of each layer"),
+    ("n-embd", 64, 1, 10**6, "width of the GPT"),
+    ("jobs", 0, 0, 10**4, "methods side by side; 0: one a core, six on a GPU. No figure changes"))
+QUICK = dict(steps=60, reference_steps=200, n_layer=1, n_embd=32)
+
+
+def parse(arguments=None):
+    """Settings, a namespace, from the command line. A mistake is one line, and status 2."""
+    parser = run.Parser("train.py", description="UNA on a toy task whose optimum is known.")
+    for name, default, _, _, words in NUMBERS:
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            help=f"{words} [{default}]")
+    parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME",
+                        help="some of " + ", ".join(METHODS))
+    parser.add_argument("--reward", default="judge", choices=("judge", "model"),
+                        help="who rewards fresh samples [judge]")
+    parser.add_argument("--device", default=next(name for name in DEVICES if DEVICES[name]()),
+                        choices=DEVICES, help="where to compute [%(default)s]")
+    parser.add_argument("--out", default="out/toy", help="folder for all that is written [out/toy]")
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    if "--quick" in (sys.argv[1:] if arguments is None else arguments):
+        parser.set_defaults(**QUICK)
+    given = parser.parse_args(arguments)
+    for name, _, least, most, _ in NUMBERS:
+        if not least <= (value := getattr(given, name.replace("-", "_"))) <= most:
+            parser.error(f"--{name} must be from {least:g} to {most:g}, got {value}")
+    given.methods = given.methods.split(",")
+    for name in given.methods:
+        if name not in METHODS or given.methods.count(name) > 1:
+            parser.error(f"--methods: {name!r} stands twice, or is none of {', '.join(METHODS)}")
     prompts = len(data.TRAIN_PROMPTS)
-    online = [name for name in settings.methods if METHODS[name].feedback == "fresh"]
-    if online and (settings.batch % prompts or settings.batch < 2 * prompts):
-        parser.error(f"--batch {settings.batch} must be 2, 3, ... times {prompts}: {online[0]} "
+    online = [name for name in given.methods if METHODS[name].feedback == "fresh"]
+    if online and (given.batch % prompts or given.batch < 2 * prompts):
+        parser.error(f"--batch {given.batch} must be 2, 3, ... times {prompts}: {online[0]} "
                      "answers as many prompts at each step, each as often")
-    if settings.judged < 24:
-        parser.error(f"--judged {settings.judged}: must be 24 at least, or 0 for steps x batch")
-    if settings.n_embd % settings.n_head:
-        parser.error(f"--n-embd {settings.n_embd} is not a multiple of --n-head {settings.n_head}")
-    settings.device = run.pick_device(parser, settings.device)
-    settings.jobs = settings.jobs or (run.cores() if settings.device == "cpu" else 1)
-    run.check_writable(parser, settings.out)
-    return settings
+    given.judged = given.judged or max(24, given.steps * given.batch // 2 * 2)
+    if given.judged < 24 or given.judged % 2:
+        parser.error(f"--judged must be even and at least 24, got {given.judged}")
+    if given.n_embd % given.n_head:
+        parser.error(f"--n-embd {given.n_embd} is not a multiple of --n-head {given.n_head}")
+    if not DEVICES[given.device]():
+        parser.error(f"--device {given.device}: there is no such device here")
+    given.jobs = given.jobs or dict(cpu=run.cores(), cuda=6, mps=1)[given.device]
+    return given
+
+
+# What a seed's methods share goes to their processes as bytes, of which one copy waits for all.
+def prepare_for_all(settings, seed):
+    shared, *entries = prepare(settings, seed)
+    return pickle.dumps(shared), *entries
+
+
+def run_on(settings, seed, name, shared):
+    return run_method(settings, seed, name, pickle.loads(shared))
 
 
 def main(arguments=None):
     """Every method on every seed, side by side; results.json after each. Returns the status."""
-    settings = parse(arguments)
-    torch.set_num_threads(1)                                     # as in the processes of Jobs
-    started = time.perf_counter()
+    settings, started = parse(arguments), time.perf_counter()
+    torch.set_num_threads(1)                                     # more are slower at this size
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    paths = {seed: os.path.join(settings.out, f"shared-{seed}.pt") for seed in seeds}
-    order = ["reference", *settings.methods, "optimum"]
-    models = [f"{name}-{seed}.pt" for seed in seeds for name in ("shared", *order[:-1])]
-    results = dict(settings=asdict(settings), device=settings.device, versions=run.versions(),
-                   files=[*models, *figures.PICTURES], reference=[], optimum=[], runs=[])
-    run.start_folder(settings.out, results)
+    order, runs = ["reference", *settings.methods, "optimum"], []
+    path = os.path.join(settings.out, "results.json")
+    results = dict(settings=vars(settings), versions=run.versions(), reference=[], optimum=[],
+                   runs=[])
 
-    def ended(job, entries):
-        for kind, entry in entries.items():
-            if entry["seed"] != seeds[0]:
-                entry.pop("dots", None)                          # one seed's picture is enough
-            results[kind].append(entry)
-            results[kind].sort(key=lambda entry: (entry["seed"], order.index(entry["method"])))
-        run.write_json(os.path.join(settings.out, "results.json"), results)
-        run.say(figures.line(entries))
+    def keep(kind, entry):
+        if entry["seed"] != settings.seed:
+            entry.pop("dots", None)                              # one seed's picture is enough
+        results[kind].append(entry)
+        results[kind].sort(key=lambda entry: (entry["seed"], order.index(entry["method"])))
+        run.write_json(path, results)
 
-    # The slowest methods stand last in the table and begin first: no core is idle for long.
-    jobs = [(settings, seed, name, paths[seed])
-            for seed in seeds for name in reversed(settings.methods)]
     try:
-        with run.Jobs(settings.jobs) as pool:
-            pool.run(prepare, [(settings, seed, paths[seed]) for seed in seeds], ended)
-            pool.run(run_job, jobs, ended)
+        os.makedirs(settings.out, exist_ok=True)
+        run.write_json(path, results)
+        for (*_, seed), (shared, start, best) in run.side_by_side(
+                [(prepare_for_all, settings, seed) for seed in seeds], settings.jobs):
+            keep("reference", start)
+            keep("optimum", best)
+            run.say(f"seed {seed}: reference, feedback and optimum are there")
+            # The slowest methods stand last in the table and begin first: no core waits for long.
+            runs += [(run_on, settings, seed, name, shared) for name in reversed(settings.methods)]
+        for _, entry in run.side_by_side(runs, settings.jobs):
+            keep("runs", entry)
+            run.say(figures.line(entry))
         figures.draw_all(results, settings.out)
-        run.print_text(figures.report(results))
     except KeyboardInterrupt:
-        run.say(f"train.py: interrupted. {len(results['runs'])} of {len(jobs)} runs have ended: "
-                f"{settings.out}/results.json")
+        run.say(f"train.py: interrupted. {len(results['runs'])} runs have ended: {path}")
         return 130
-    finally:
-        for path in paths.values():
-            for left in filter(os.path.exists, (path, f"{path}.part")):
-                os.remove(left)
-    run.say(figures.time_line(results, time.perf_counter() - started))
+    except OSError as error:                                     # no room, or no right to write
+        run.say(f"train.py: --out {settings.out}: {error}")
+        return 2
+    run.say(figures.report(results), sys.stdout)
+    run.say(f"{time.perf_counter() - started:.0f} s, {settings.jobs} at a time: {path}")
     return 1 if any("diverged" in entry for entry in results["runs"]) else 0
 
 

@@ -5,7 +5,6 @@ optimum, 1 the reference, more is worse than no training.
 """
 import math
 import os
-from collections import Counter
 
 import numpy as np
 
@@ -14,100 +13,57 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from lab.run import save  # noqa: E402
 
-PICTURES = ("frontier.png", "regret-over-time.png", "implicit-against-explicit.png")
-
-
-# ---------------------------------------------------------------- figures of a run
-def lost(run):
-    """As above, on the training prompts; infinite if the run left the numbers."""
-    return math.inf if "diverged" in run else run["curve"][-1]["regret"] / run["curve"][0]["regret"]
-
-
-def gain_share(figures, reference):
-    """J gained, as a share of what the optimum gains: 1 - lost."""
-    possible = figures["optimum"] - reference["objective"]
-    return (figures["objective"] - reference["objective"]) / possible
-
-
-def frontier_share(figures, reference):
-    """Reward gained, as a share of what the frontier gains at the same KL; NaN where nothing moved.
-    """
-    possible = figures["frontier_reward"] - reference["reward"]
-    gained = figures["reward"] - reference["reward"]
-    return gained / possible if figures["kl"] > 1e-6 else math.nan
-
 
 # ---------------------------------------------------------------- text
-def stages(seconds):
-    return ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+def lost(run):
+    """On the training prompts; infinite if the run left the numbers."""
+    return math.inf if "diverged" in run else run["train"]["lost"]
 
 
-def line(entries):
-    """What there is to say when a seed is prepared, or a run or a film has ended."""
-    if "dots" in entries:
-        return f"{entries['dots']['method']}, level {entries['dots']['level']:g}"
-    if "reference" in entries:
-        return f"seed {entries['reference']['seed']} | {stages(entries['reference']['stages'])}"
-    if "model" in entries:
-        entry = entries["model"]
-        return (f"seed {entry['seed']} | reward model of {entry['judged']} | ceilings "
-                + " ".join(f"β × {beta:g}: {share:.1%}" for beta, share in entry["ceilings"]))
-    entry = entries["runs"]
-    parts = [f"seed {entry['seed']}", f"{entry['method']:<17}"]
-    if "diverged" in entry:
-        return " | ".join([*parts, f"diverged: {entry['diverged']}"])
-    parts.append(f"loss {entry['curve'][-1]['loss']:.4f} (at start {entry['start_loss']:.4f})")
-    if "chosen_reward" in entry:
-        parts.append(f"r_w {entry['chosen_reward']:+.2f} r_l {entry['rejected_reward']:+.2f}")
-    reached = entry["train"]
-    parts += [f"KL {reached['kl']:.3f}",
-              f"J {reached['objective']:.3f} of {reached['optimum']:.3f}",
-              f"lost {lost(entry):.1%}", f"{entry['seconds']:.1f} s"]
-    return " | ".join(parts)
-
-
-def time_line(results, seconds):
-    """Where the time went, summed over the processes side by side."""
-    spent = Counter(training=sum(entry.get("seconds", 0) for entry in results["runs"]))
-    for entry in results["reference"]:
-        spent.update(entry["stages"])
-    spent["evaluation"] += sum(entry.get("evaluation_seconds", 0) for entry in results["runs"])
-    names = dict(reference="reference", feedback="feedback", training="training",
-                 evaluation="exact evaluation")
-    return (f"{seconds:.0f} s, on {results['settings']['jobs']} processes: "
-            + stages({names[stage]: spent[stage] for stage in names}))
+def line(run):
+    """What there is to say when a run has ended: what theory expects beside what was measured."""
+    parts = [f"seed {run['seed']}", f"{run['method']:<20}"]
+    if "diverged" in run:
+        return " | ".join([*parts, f"diverged: {run['diverged']}"])
+    parts.append(f"loss {run['loss']:.4f} (at start {run['start_loss']:.4f})")
+    if "chosen_reward" in run:
+        parts.append(f"r_w {run['chosen_reward']:+.2f} r_l {run['rejected_reward']:+.2f}")
+    reached = run["train"]
+    return " | ".join([*parts, f"KL {reached['kl']:.3f}",
+                       f"J {reached['objective']:.3f} of {reached['optimum']:.3f}",
+                       f"lost {lost(run):.1%}", f"{run['seconds']:.1f} s"])
 
 
 def table(results):
     """A line for each method: medians over the seeds that ended, and the range of what was lost if
-    there are several. All figures are of the training prompts but the lost share of the others."""
+    there are several. All figures are of the training prompts but the lost share of the others.
+    frontier: the reward gained, as a share of what the frontier gains at the same KL."""
     columns = {"reward": "{:z.3f}", "KL": "{:z.3f}", "J": "{:z.3f}", "lost": "{:z.2%}",
                "held-out": "{:z.2%}", "frontier": "{:z.1%}", "seconds": "{:.1f}"}
-    starts = {entry["seed"]: entry for entry in results["reference"]}
-    lines = [f"{'':<18}" + "".join(f"{heading:>9}" for heading in columns)]
+    starts = {entry["seed"]: entry["train"]["reward"] for entry in results["reference"]}
+
+    def cells(entry):
+        reached, start = entry["train"], starts[entry["seed"]]
+        frontier = math.nan                                      # where nothing moved
+        if reached["kl"] > 1e-6:
+            frontier = (reached["reward"] - start) / (reached["frontier_reward"] - start)
+        return [reached["reward"], reached["kl"], reached["objective"], reached["lost"],
+                entry["heldout"]["lost"], frontier, entry.get("seconds", math.nan)]
+
+    lines = [f"{'':<20}" + "".join(f"{heading:>9}" for heading in columns)]
     for name, entries in rows(results).items():
         ended = [entry for entry in entries if "diverged" not in entry]
-        line = f"{name:<18}"
+        text = f"{name:<20}"
         if ended:
-            cells = [cells_of(entry, starts[entry["seed"]]) for entry in ended]
-            middle = [np.median(values) for values in zip(*cells)]
-            line += "".join(f"{'-' if math.isnan(value) else form.format(value):>9}"
+            middle = np.median([cells(entry) for entry in ended], axis=0)
+            text += "".join(f"{'-' if math.isnan(value) else form.format(value):>9}"
                             for form, value in zip(columns.values(), middle))
         if len(ended) > 1:
-            shares = [lost for _, _, _, lost, *_ in cells]
-            line += f"  {min(shares):.2%} to {max(shares):.2%}"
+            text += f"  {min(map(lost, ended)):.2%} to {max(map(lost, ended)):.2%}"
         if len(ended) < len(entries):
-            line += f"  {len(entries) - len(ended)} of {len(entries)} diverged"
-        lines.append(line.rstrip())
+            text += f"  {len(entries) - len(ended)} of {len(entries)} diverged"
+        lines.append(text.rstrip())
     return "\n".join(lines)
-
-
-def cells_of(entry, start):
-    """The figures of a line of the table, of one seed."""
-    reached = entry["train"]
-    return [reached["reward"], reached["kl"], reached["objective"],
-            *(1 - gain_share(entry[split], start[split]) for split in ("train", "heldout")),
-            frontier_share(reached, start["train"]), entry.get("seconds", math.nan)]
 
 
 def rows(results):
@@ -123,10 +79,10 @@ def samples(results):
     first = {name: entries[0]["samples"] for name, entries in rows(results).items()
              if "samples" in entries[0]}
     prompts = list(first["reference"])
-    lines = [f"{'responses to':<18}" + "".join(f"{prompt:<41}" for prompt in prompts).rstrip()]
+    lines = [f"{'responses to':<20}" + "".join(f"{prompt:<40}" for prompt in prompts).rstrip()]
     for name, texts in first.items():
-        answers = "".join(f"{','.join(texts[prompt][:2]):<41.40}" for prompt in prompts)
-        lines.append(f"{name:<18}{answers}".rstrip())
+        answers = "".join(f"{','.join(texts[prompt][:2]):<40.39}" for prompt in prompts)
+        lines.append(f"{name:<20}{answers}".rstrip())
     return "\n".join(lines)
 
 

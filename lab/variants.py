@@ -1,48 +1,41 @@
-"""What the claims train beyond train.py: other f(x) + c, and methods whose noise is measured.
+"""What the campaigns train and measure beyond train.py: other f(x) + c, other losses beside ours,
+the gradient's noise, reward models and their optima, memory.
 
-A variant is a method with a rule for f(x) + c, on prompts of some level, rewarded by the judge or
-by a reward model. A cell is what its grid sets: {name of a knob: value}.
+`entry` makes the result of one campaign.Run; all that it knows besides is what train.prepare made.
 """
 import copy
-import functools
+import importlib.util
 import math
-from typing import NamedTuple
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import torch
 
+import data
 import train
 import una
-from lab import exact
-from model import ScalarGPT
-
-# The methods that the claims compare. Another one in train.METHODS changes nothing here.
-COMPARED = ("una-pair", "una-binary-mse", "una-binary-bce", "una-binary-offset", "una-score",
-            "una-score-offset", "una-reward-offset", "una-mixed", "dpo", "kto",
-            "una-online", "una-online-score", "ppo")
+from lab import exact, run
+from model import GPT, GPTConfig, ScalarGPT, sample
 
 
-class Variant(NamedTuple):
-    """zero as in the paper; estimated, learned: as train.Method's; exact: beta log Z(x);
-    constant: its mean over the prompts; residual: the mean of r - beta rho over the responses to
-    the same prompt in the batch; held: the same as a constant, without its gradient."""
-    method: str
-    offset: str = "zero"
-    level: float = 0.0
-    reward: str = "judge"
+# ---------------------------------------------------------------- losses
+def una_score_residual(policy, batch, beta, held=False):
+    """Eq. 13, with f(x) + c the mean residual of the prompt's responses; held: as a constant."""
+    reward = train.implicit_reward(policy, batch, beta)
+    offset = mean_residual(reward, batch)
+    return una.una_score_loss(reward + (offset.detach() if held else offset), batch.scores)
 
 
-# ---------------------------------------------------------------- f(x) + c of stored feedback
-def beta_log_z(world, beta):
-    """Of each prompt, at the loss's own beta: its optimum is that beta's. (P,)."""
-    return una.optimal_policy(world.ref_logprobs, world.rewards, beta)[1]
+def una_score_held(policy, batch, beta):
+    return una_score_residual(policy, batch, beta, held=True)
 
 
-def given_offsets(offset, world, beta):
-    """f(x) + c of each training prompt where the truth is told, else None."""
-    if offset not in ("exact", "constant"):
-        return None
-    truth = beta_log_z(world, beta).float()
-    return truth if offset == "exact" else truth.mean().expand_as(truth)
+def una_reward_residual(policy, batch, beta):
+    """Eq. 7 on stored rewards, with f(x) + c the mean residual."""
+    reward = train.implicit_reward(policy, batch, beta)
+    return una.una_reward_loss(reward + mean_residual(reward, batch), batch.scores.logit())
 
 
 def mean_residual(reward, batch):
@@ -52,127 +45,299 @@ def mean_residual(reward, batch):
     return (same * residual).sum(1) / same.sum(1)
 
 
-def una_score_residual(policy, batch, beta, held=False):
-    """Eq. 13, with f(x) + c the mean residual."""
-    reward = train.implicit_reward(policy, batch, beta)
-    offset = mean_residual(reward, batch)
-    return una.una_score_loss(reward + (offset.detach() if held else offset), batch.scores)
+def una_online_others(policy, batch, beta):
+    """train.una_online, with the mean of the prompt's other samples. Sample by sample that has
+    n / (n - 1) times the gradient, and changes nothing else."""
+    reward, n = train.implicit_reward(policy, batch, beta), batch.per_prompt
+    residual = (batch.rewards - reward).detach().view(-1, n)
+    others = (n * residual.mean(1, keepdim=True) - residual) / (n - 1)
+    return una.una_reward_loss(reward + others.flatten(), batch.rewards)
 
 
-def una_reward_residual(policy, batch, beta):
-    """Eq. 7 on stored rewards, with f(x) + c the mean residual."""
-    reward = train.implicit_reward(policy, batch, beta)
-    return una.una_reward_loss(reward + mean_residual(reward, batch), batch.scores.logit())
+def ppo_divided(policy, batch, beta):
+    """train.ppo with its advantages divided by their deviation, as is usual. As they vanish, that
+    blows their noise up again."""
+    if batch.advantages is None:
+        train.ppo(policy, batch, beta)                           # makes them
+        response = batch.mask[:, data.PROMPT_TOKENS:]
+        batch.advantages = batch.advantages / (batch.advantages[response].std() + 1e-8)
+    return train.ppo(policy, batch, beta)
 
 
-METHODS = train.METHODS | {"una-reward": train.Method("scores", train.una_reward, 1e-3, 1)}
-LOSSES = {("una-score", "residual"): una_score_residual,
-          ("una-score", "held"): functools.partial(una_score_residual, held=True),
+def kto_without(policy, batch, beta):
+    """train.kto with 0 in the place of its reference point."""
+    own = train.logprob(policy, batch.tokens, batch.mask)
+    nothing = torch.zeros(1, device=own.device)
+    return una.kto_loss(own, batch.ref_logprob, batch.labels, nothing, nothing, beta)
+
+
+METHODS = train.METHODS | {
+    "una-reward": train.Method("scores", train.una_reward, 1e-3, 1),
+    "kto-without": train.METHODS["kto"]._replace(loss=kto_without, mismatched=False)}
+LOSSES = {("una-score", "residual"): una_score_residual, ("una-score", "held"): una_score_held,
           ("una-reward", "residual"): una_reward_residual}
 
 
-def method_of(variant, cell):
-    """The train.Method of a variant in a cell."""
-    method = METHODS[variant.method]
-    loss = LOSSES.get((variant.method, variant.offset), method.loss)
-    options = {knob: value for knob, value in cell.items() if knob not in method._fields}
-    if options:                                                  # the others are the loss's own
-        loss = functools.partial(loss, **options)
-    rest = {knob: value for knob, value in cell.items() if knob not in options}
-    return method._replace(loss=loss, offset=variant.offset, **rest)
+def method_of(its):
+    """The train.Method of a Run: a knob of its cell is a field of the Method, or picks a loss."""
+    cell, method = dict(its.cell), METHODS[its.method]
+    loss = LOSSES.get((its.method, its.offset), method.loss)
+    if cell.pop("leave_one_out", False):
+        loss = una_online_others
+    if cell.pop("divide", False):
+        loss = ppo_divided
+    return method._replace(loss=loss, offset=its.offset, **cell)
 
 
-# ---------------------------------------------------------------- what is looked at
-class Glance(exact.Observer):
-    """An Observer that measures regret alone: all that tuning needs."""
-
-    def __call__(self, step, seconds, loss, policy):
-        world = self.worlds["train"]
-        self.reached = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
-        self.curve.append(self.point(step, seconds, self.reached) | dict(loss=loss))
-
-    def report(self):
-        return dict(train=self.reached, curve=self.curve)
+def given_offsets(its, shared, beta):
+    """f(x) + c of each training prompt, (X,), where the truth is told; else None. exact: beta
+    log Z(x) at the loss's own beta, whose optimum it is; constant: its mean over the prompts."""
+    if its.offset not in ("exact", "constant"):
+        return None
+    truth = beta_log_z(shared, beta).float().to(shared.feedback.scores.device)
+    return truth if its.offset == "exact" else truth.mean().expand_as(truth)
 
 
-def gradient_noise(losses, parameters, batches=8):
-    """The gradient's variance from batch to batch, summed over the parameters.
+def beta_log_z(shared, beta):
+    world = shared.worlds["train"]
+    return una.optimal_policy(world.ref_logprobs, world.rewards, beta)[1]
 
-    losses yields the losses (B,) of one batch after the other.
+
+# ---------------------------------------------------------------- one run
+def entry(its, settings, prepared):
+    """The result of a campaign.Run, a dictionary; prepared is what train.prepare gave."""
+    shared, start, best = prepared
+    if its.method in ("reference", "optimum"):
+        told = start if its.method == "reference" else best
+        return {name: told[name] for name in told if name not in ("dots", "samples")}
+    if its.method == "optima":
+        return dict(optima=optima(shared.worlds["train"], shared.worlds["train"].rewards))
+    shared = copy.copy(shared)
+    if len(shared.feedback.tokens) != its.judged:
+        shared.feedback = train.collect_feedback(settings, its.seed, shared.reference)
+    if its.method == "reward model":
+        return reward_model(its, settings, shared)
+    return film(its, settings, shared) if its.look == "film" else trained(its, settings, shared)
+
+
+def trained(its, settings, shared):
+    """What a method reaches on the Worlds of shared: all figures, or with look "lost" that alone.
+
+    its.points are those of a learning curve. Of an online method it has the gradient's noise too.
     """
-    gradients = [torch.autograd.grad(next(losses).mean(), parameters) for _ in range(batches)]
+    method, worlds, curve = method_of(its), shared.worlds, []
+    beta, fresh = method.beta_multiple * settings.beta, method.feedback == "fresh"
+    policy, batches, value, offsets = train.begin(method, settings, its.seed, shared,
+                                                  given_offsets(its, shared, beta))
+    others = train.fresh_batches(policy, value, shared, settings.batch, its.seed + 10**6, its.level)
+
+    def look(step, seconds, loss):
+        logprobs = exact.policy_logprobs(policy, worlds["train"].prompts)
+        told.update({split: exact.evaluate(world, logprobs) for split, world in worlds.items()
+                     if split != "heldout"})
+        curve.append(train.point(step, seconds, told["train"], loss=loss))
+        if fresh and its.points > 1:
+            curve[-1]["gradient_noise"] = gradient_noise(method.loss, policy, others, beta)
+
+    told, apart = {}, 32 ** (1 / max(1, its.points - 1))         # geometric, from steps / 32 on
+    at = {max(1, round(its.steps / apart ** i)) for i in range(its.points)}
+    zeros, loss = counting(method.loss) if its.look == "zeros" else (None, method.loss)
+    try:
+        look(0, 0.0, None)
+        told |= train.align(method._replace(loss=loss), policy, batches, beta, its.steps, value,
+                            offsets, look, at)
+        if "heldout" in worlds and its.look != "lost":
+            world = worlds["heldout"]
+            told["heldout"] = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
+    except FloatingPointError as error:
+        return dict(diverged=str(error))
+    if its.look == "lost":
+        return dict(train=dict(lost=told["train"]["lost"]))
+    if its.look == "zeros":
+        told["zeros"] = sum(zeros)
+    if its.offset in ("estimated", "learned"):
+        error = offsets.detach().cpu() - beta_log_z(shared, beta)
+        told |= dict(offsets=offsets.tolist(), offset_error=error.square().mean().sqrt().item())
+    if fresh:
+        told["state_bytes"] += train.frozen_bytes(shared)
+    if fresh and shared.reward_model:
+        told["reward_model"] = reward_model_report(shared, policy, its.seed)
+    return told | dict(curve=curve, method_beta=beta)
+
+
+def gradient_noise(loss, policy, batches, beta):
+    """The gradient's variance over eight batches, summed over the parameters. Training never feels
+    that it was measured. FloatingPointError where it is not finite."""
+    parameters = [*policy.parameters()]
+    gradients = [torch.autograd.grad(loss(policy, next(batches), beta).mean(), parameters)
+                 for _ in range(8)]
     flat = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])
-    return flat.var(0).sum().item()
+    noise = flat.var(0).sum().item()
+    if not math.isfinite(noise):
+        raise FloatingPointError(f"the gradient's noise is {noise}")
+    return noise
 
 
-class NoiseObserver(exact.Observer):
-    """An Observer that also measures the noise of an online method's first inner step.
+def counting(loss):
+    """A list, and kto's loss that notes in it for each batch whether z_0 is 0."""
+    zeros = []
 
-    It does so on copies, with samples from a stream of its own, so that training never feels it.
+    def counted(policy, batch, beta):
+        other = train.logprob_in_chunks(policy, batch.other_tokens, batch.other_mask)
+        zeros.append((other - batch.other_ref_logprob).mean().item() <= 0)
+        return loss(policy, batch, beta)
+    return zeros, counted
+
+
+FRAMES = 12                            # quadratic in time: most happens early
+
+
+def film(its, settings, shared):
+    """Implicit rewards beta log pi/pi_ref, frame by frame, of the responses that pi_ref gives over
+    1 in 300; the first and the last frame if its.points is less than that."""
+    method, world, frames = method_of(its), shared.worlds["train"], []
+    likely = world.ref_logprobs > math.log(1 / 300)
+    policy, batches, value, offsets = train.begin(method, settings, its.seed, shared)
+
+    def look(step, seconds, loss):
+        logprobs = exact.policy_logprobs(policy, world.prompts)
+        frames.append(text(una.implicit_reward(logprobs, world.ref_logprobs, world.beta)[likely]))
+
+    steps = [math.ceil(its.steps * (i / (FRAMES - 1)) ** 2) for i in range(FRAMES)]
+    steps = steps if its.points == FRAMES else [0, its.steps]
+    look(0, 0.0, None)
+    train.align(method, policy, batches, method.beta_multiple * settings.beta, its.steps, value,
+                offsets, look, steps)
+    return dict(steps_shown=steps, frames=frames, beta_log_z=world.optimum.tolist(),
+                explicit=text(world.rewards[likely]), prompt=text(likely.nonzero()[:, 0]))
+
+
+def text(numbers):
+    """A frame is one string: so many numbers would be as many lines."""
+    return " ".join(f"{number:.2f}".rstrip("0").rstrip(".") for number in numbers.tolist())
+
+
+# ---------------------------------------------------------------- reward models
+# A policy can be no better, by the reward that it is trained on, than that reward's own optimum,
+# pi_ref e^{r/b} / Z (Eq. 4). A reward model's rewards can be listed as a policy's probabilities
+# can. So its optimum is known too; what that loses by the judge is the reward model's doing, what
+# an optimiser loses by the reward model is the optimiser's.
+BETAS = tuple(2.0 ** power for power in range(-2, 7))  # of the optimum, in multiples of the task's
+
+
+def optima(world, rewards):
+    """[[multiple of beta, lost by the World's own measure of the optimum of rewards (X, Y)]]."""
+    return [[multiple, exact.evaluate(world, una.optimal_policy(
+        world.ref_logprobs, rewards, multiple * world.beta)[0])["lost"]] for multiple in BETAS]
+
+
+def reward_model(its, settings, shared):
+    """The optima of a reward model, trained by its cell; with look "lost" on four prompts alone.
+
+    Else its.look are Runs of online methods on it, measured by the judge ("train") and by the
+    model ("by_model"), as the reference and the model's own optimum are.
     """
-
-    def __init__(self, method, shared, settings, seed):
-        super().__init__(shared.worlds, shared.start, settings.steps)
-        self.method, self.seen_value = method, None
-        self.policy = copy.deepcopy(shared.reference).requires_grad_(True)
-        self.value = ScalarGPT(shared.reference).to(settings.device)
-        batches = train.fresh_batches(self.policy, self.value, shared, settings.batch,
-                                      seed + 10**6, settings.level)
-        self.losses = (method.loss(self.policy, batch, method.beta * settings.beta)
-                       for batch in batches)
-        self.measure()
-
-    def loss(self, policy, batch, beta):
-        """The method's own. Its batches are where PPO's value model is to be seen."""
-        self.seen_value = batch.value
-        return self.method.loss(policy, batch, beta)
-
-    def measure(self):
-        noise = gradient_noise(self.losses, [*self.policy.parameters()])
-        if not math.isfinite(noise):
-            raise FloatingPointError(f"the gradient's noise is {noise}")
-        self.curve[-1]["gradient_noise"] = noise
-
-    def __call__(self, step, seconds, loss, policy):
-        super().__call__(step, seconds, loss, policy)
-        self.policy.load_state_dict(policy.state_dict())
-        if self.seen_value is not None:
-            self.value.load_state_dict(self.seen_value.state_dict())
-        self.measure()
+    cell, world = dict(its.cell), shared.worlds["train"]
+    if its.look == "lost":
+        world = part_of(world, slice(None, None, 3))             # a prompt of each mood
+    shared.reward_model = train.train_reward_model(
+        settings, its.seed, shared.reference, shared.feedback, cell["learning_rate"])
+    rewards = torch.stack([exact.all_rewards(
+        shared.reward_model, prompt.to(settings.device), data.MAX_TOKENS, data.EOT).cpu()
+        for prompt in world.prompts]).double()
+    told = dict(optima=optima(world, rewards))
+    if its.look == "lost":
+        return told
+    by_model = as_rewarded(world, rewards, cell["beta_multiple"] * world.beta)
+    best = una.optimal_policy(world.ref_logprobs, rewards, by_model.beta)[0]
+    shared.worlds = dict(train=world, by_model=by_model)
+    for name, logprobs in (("reference", world.ref_logprobs), ("optimum", best)):
+        told[name] = {measure: exact.evaluate(of, logprobs)
+                      for measure, of in shared.worlds.items()}
+    return told | {online.method: trained(online, settings, shared) for online in its.look}
 
 
-# ---------------------------------------------------------------- one run, and what it needs
-def shared_by(settings, seed, path):
-    """What train.prepare saved at path, with feedback of another size."""
-    shared = copy.copy(train.load(path))
-    if len(shared.feedback.tokens) != settings.judged:
-        shared.feedback = train.collect_feedback(settings, seed, shared.reference)
-    return shared
+def part_of(world, rows):
+    """A World of some of its prompts."""
+    part = copy.copy(world)
+    for name in ("prompts", "rewards", "ref_logprobs", "optimum", "gain", "value_logprobs"):
+        setattr(part, name, getattr(world, name)[rows])
+    return part
 
 
-def run_variant(settings, seed, variant, cell, path, glance=False):
-    """One run on what train.prepare saved at path: its entry in claims.json.
+def as_rewarded(world, rewards, beta):
+    """The World of the same prompts where rewards (X, Y) are given, and a nat costs beta."""
+    other = copy.copy(world)
+    other.rewards, other.beta = rewards, beta
+    other.values = other.value_logprobs = None                   # there are too many
+    other.optimum = una.optimal_policy(world.ref_logprobs, rewards, beta)[1]
+    other.gain = other.optimum - exact.expect(world.ref_logprobs, rewards)
+    return other
 
-    With a glance it has its lost share and no more.
+
+def reward_model_report(shared, policy, seed):
+    """How good a reward model is, and what a policy made of it: of some 4096 samples.
+
+    accuracy: how often the model orders two of the reference's samples as the judge does, where
+    the judge prefers one. model_gain, judge_gain: how far the policy's mean reward lies above the
+    reference's, by each.
     """
-    shared = shared_by(settings, seed, path)
-    method = method_of(variant, cell)
-    beta, world = method.beta * settings.beta, shared.worlds["train"]
-    observer = Glance if glance else exact.Observer
-    if method.feedback == "fresh" and settings.evaluations > 1:
-        noise = NoiseObserver(method, shared, settings, seed)
-        method, observer = method._replace(loss=noise.loss), lambda *_: noise
-    entry = train.run_method(settings, seed, variant.method, shared, method, observer,
-                             given_offsets(variant.offset, world, beta))["runs"]
-    entry = {name: value for name, value in entry.items() if name not in ("dots", "samples")}
-    if variant.offset in ("estimated", "learned") and "offsets" in entry:
-        error = torch.tensor(entry["offsets"]) - beta_log_z(world, beta)
-        entry["offset_error"] = error.square().mean().sqrt().item()
-    passes = settings.steps * settings.batch / settings.judged
-    return dict(runs=dict(offset=variant.offset, level=variant.level, judged=settings.judged,
-                          passes=passes, steps=settings.steps, cell=cell) | entry)
+    prompts = shared.worlds["train"].prompts.to(policy.wte.weight.device)
+    x = prompts.repeat_interleave(4096 // len(prompts) // 2 * 2, 0)        # even: in twos
+    generator = torch.Generator(x.device).manual_seed(seed)
+    by_model, by_judge = [], []
+    for model in (shared.reference, policy):
+        y, mask = sample(model, x, data.MAX_TOKENS, data.EOT, generator)
+        with torch.no_grad():
+            by_model.append(train.model_reward(shared.reward_model, *data.join(x, y, mask)).cpu())
+        by_judge.append(data.reward(x, y))
+    model_gap, judge_gap = (rewards[0][0::2] - rewards[0][1::2] for rewards in (by_model, by_judge))
+    differ = judge_gap.abs() > 1e-6
+    return dict(accuracy=(model_gap * judge_gap > 0)[differ].float().mean().item(),
+                model_gain=(by_model[1].mean() - by_model[0].mean()).item(),
+                judge_gain=(by_judge[1].mean() - by_judge[0].mean()).item())
 
 
-def prepare(settings, seed, path, base=None):
-    """train.prepare, with the reference of what it saved at base."""
-    return train.prepare(settings, seed, path, train.load(base).reference if base else None)
+# ---------------------------------------------------------------- memory
+def peak_memory(settings, name):
+    """Bytes by which 20 steps of a method raise the peak of this, a fresh, process; on a GPU: the
+    GPU's peak."""
+    import resource  # Unix alone
+
+    method = train.METHODS[name]
+    config = GPTConfig(data.ENCODING.n_vocab, data.BLOCK_SIZE, settings.n_layer, settings.n_head,
+                       settings.n_embd)
+    reference = GPT(config).to(settings.device).requires_grad_(False)
+    shared = SimpleNamespace(reference=reference, reward_model=None,
+                             feedback=train.collect_feedback(settings, 0, reference))
+    if settings.reward == "model":
+        shared.reward_model = ScalarGPT(reference).to(settings.device).requires_grad_(False)
+    first = GPT(config).to(settings.device)                      # torch loads parts of itself here
+    train.descend(torch.optim.Adam(first.parameters(), fused=True),
+                  first(shared.feedback.tokens[:1]).mean(), 1e-3, 1, 1)
+
+    def peak():
+        if settings.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    before = 0 if settings.device == "cuda" else peak()
+    policy, batches, value, offsets = train.begin(method, settings, 0, shared)
+    train.align(method, policy, batches, method.beta_multiple * settings.beta, 20, value, offsets)
+    return dict(method=name, reward=settings.reward, bytes=peak() - before)
+
+
+def peak_memories(flags):
+    """Of every method, one after the other, each in a process of its own; none where no process
+    can tell its peak."""
+    if importlib.util.find_spec("resource") is None:
+        run.say("peak memory: not measured, as this system does not tell a process its peak")
+        return []
+    entries = []
+    for reward, names in (("judge", train.METHODS), ("model", ("una-online", "ppo"))):
+        for name in names:
+            settings = train.parse([*flags, "--judged", "192", "--reward", reward, "--out", ""])
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                entries.append(pool.submit(peak_memory, settings, name).result())
+    return entries

@@ -31,6 +31,3 @@ def random_tokens(*shape, vocab_size=5, seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b, tolerance=1e-10):
-    """Are two tensors of one shape equal within an absolute tolerance?"""
-    return a.shape == b.shape and (a - b).abs().max().item() < tolerance

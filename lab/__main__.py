@@ -1,0 +1,40 @@
+"""The campaigns, by name.
+
+    python -m lab claims|budget|pairs|kto      goes on where it stopped; kto and budget need claims
+    python -m lab tables                       pages and pictures anew, from the JSON files
+"""
+import json
+import os
+import sys
+
+import torch
+
+from lab import budget, claims, doubts, run, tables
+from lab.campaign import Lab
+
+PLANS = dict(claims=claims.settle, budget=budget.settle, pairs=doubts.pairs, kto=doubts.kto)
+
+
+def main(arguments=None):
+    """Returns the status."""
+    parser = run.Parser("python -m lab", description=__doc__)
+    parser.add_argument("what", choices=[*PLANS, "tables"])
+    parser.add_argument("--out", default="lab", help="folder for the files, and for parts/ [lab]")
+    parser.add_argument("--jobs", type=int, default=run.cores(), help="runs at a time [one a core]")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)                                     # as in the processes of the runs
+    try:
+        if given.what != "tables":
+            told = PLANS[given.what](Lab(given.out, given.jobs))
+            run.write_json(os.path.join(given.out, f"{given.what}.json"), told)
+        tables.fill(given.out)
+    except KeyboardInterrupt:
+        run.say(f"interrupted. What has ended is in {given.out}/parts: the same command goes on")
+        return 130
+    except (OSError, json.JSONDecodeError) as error:             # claims.json missing, or half
+        parser.error(f"--out {given.out}: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""One mechanism for all long runs: what is missing is made, side by side, and kept.
+
+A Run is all that a result depends on, but for the code. `results` makes those that are not on the
+disk yet, so that a call goes on where the last one stopped. `tune` finds the best cell of a grid.
+"""
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+import train
+from lab import figures, run, variants
+
+ROOT = Path(__file__).parent.parent
+TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/variants.py")
+
+
+class Run(NamedTuple):
+    """One result. method is of variants.METHODS; or what there is without training: reference,
+    optimum, optima; or "reward model"."""
+    method: str
+    offset: str = "zero"        # or estimated, learned, exact, constant, residual, held
+    level: float = 0.0
+    reward: str = "judge"
+    judged: int = 76_800
+    steps: int = 400
+    cell: tuple = ()            # (knob, value): what a grid sets, but for steps
+    seed: int = 0
+    look: object = "end"        # end: all figures; lost: that alone; film; zeros; or Runs
+    points: int = 1             # of a learning curve
+
+
+class Lab(NamedTuple):
+    """Where results are kept, how many are made at a time, and flags of train.py for all."""
+    folder: str
+    jobs: int = 1
+    flags: tuple = ()
+
+
+def at(key, cell, **fields):
+    """A Run in a cell, a tuple of (knob, value)."""
+    steps = dict(cell).get("steps", key.steps)
+    return key._replace(cell=tuple(pair for pair in cell if pair[0] != "steps"), steps=steps,
+                        **fields)
+
+
+# ---------------------------------------------------------------- results
+def results(lab, title, runs):
+    """The entries of Runs, in order: each a dictionary of the Run's fields and what was measured.
+    """
+    paths = {its: path_of(lab, its, ".json") for its in runs}
+    missing = sorted((its for its in paths if not os.path.exists(paths[its])), key=ground)
+    run.say(f"{title}: {len(paths)} runs, {len(paths) - len(missing)} of them are there already")
+    os.makedirs(os.path.join(lab.folder, "parts"), exist_ok=True)
+    grounds = [its for its in dict.fromkeys(map(ground, missing))
+               if not os.path.exists(path_of(lab, its, ".pt"))]
+    for _ in run.side_by_side([(prepare, lab, its) for its in grounds], lab.jobs):
+        pass
+    made = run.side_by_side([(make, lab, its) for its in missing], lab.jobs)
+    for n, ((_, _, its), entry) in enumerate(made, 1):
+        run.write_json(paths[its], entry)
+        run.say(f"{title}, {n} of {len(missing)}: {its.method}, seed {its.seed}")
+    return [json.loads(Path(paths[its]).read_text(encoding="utf-8")) for its in runs]
+
+
+def ground(its):
+    """What a Run stands on: those with the same share what train.prepare makes."""
+    return Run("ground", level=its.level, reward=its.reward, seed=its.seed, judged=None, steps=None)
+
+
+def settings_of(lab, its):
+    fields = {name: getattr(its, name) for name in ("seed", "level", "reward", "judged", "steps")}
+    flags = [f"--{name}={value}" for name, value in fields.items() if value is not None]
+    return train.parse([*lab.flags, *flags, "--out="])
+
+
+def path_of(lab, its, ending):
+    """The name has all that the result depends on."""
+    digest = hashlib.sha256(json.dumps([code(), run.versions(), lab.flags, its]).encode())
+    return os.path.join(lab.folder, "parts", f"{its.method.replace(' ', '-')}-{its.seed}-"
+                                             f"{digest.hexdigest()[:16]}{ending}")
+
+
+@functools.cache
+def code():
+    return [hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in TRAINS]
+
+
+def prepare(lab, its):
+    made = train.prepare(settings_of(lab, its), its.seed)        # a hundred megabytes
+    run.save(path_of(lab, its, ".pt"), lambda path: torch.save(made, path))
+
+
+def make(lab, its):
+    made = load(path_of(lab, ground(its), ".pt"))
+    told = variants.entry(its, settings_of(lab, its), made)
+    return {name: value for name, value in its._asdict().items() if name != "look"} | dict(
+        cell=dict(its.cell)) | told
+
+
+@functools.lru_cache(maxsize=1)
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+# ---------------------------------------------------------------- grids
+# All cells of a grid, {knob: values}, run on the first tuning seed. Where the best learning rate or
+# beta is the grid's least or largest, the grid grows by one value beyond it, so often as `moves`
+# allows. The better eight then run on the second seed, four on the third, two on the last. The best
+# has the least median.
+TUNING_SEEDS, REPORTED_SEEDS, KEPT = range(100, 104), range(21, 29), (8, 4, 2)
+
+
+def cells_of(grid):
+    return [tuple(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def grown(grid, best):
+    """The grid with a value more wherever the best cell is at an end of rates or betas."""
+    grid = dict(grid)
+    for knob in ("learning_rate", "beta_multiple"):
+        values = sorted(grid.get(knob, ()))
+        if values and dict(best)[knob] == values[-1]:
+            grid[knob] = (*values, round(values[-1] ** 2 / values[-2], 6))
+        elif values and dict(best)[knob] == values[0]:
+            grid[knob] = (round(values[0] ** 2 / values[1], 6), *values)
+    return grid
+
+
+def tune(grids, moves, lost_of):
+    """{key: {cell: what it lost on each tuning seed that it ran on}}, and {key: its best cell}.
+
+    grids: {a Run without a cell: grid}. lost_of(title, Runs) tells what each lost.
+    """
+    lost, grids = {key: {} for key in grids}, dict(grids)
+
+    def best(key, count=1):
+        ranked = sorted(lost[key], key=lambda cell: (-len(lost[key][cell]),
+                                                     median(lost[key][cell])))
+        return ranked[:count]
+
+    def run_all(title, seed, cells):
+        todo = [(key, cell) for key in grids for cell in cells(key)]
+        runs = [at(key, cell, seed=seed, look="lost") for key, cell in todo]
+        for (key, cell), share in zip(todo, lost_of(title, runs)):
+            lost[key].setdefault(cell, []).append(share)
+
+    first, *others = TUNING_SEEDS
+    for move in range(1 + moves):
+        new = {key: [cell for cell in cells_of(grid) if cell not in lost[key]]
+               for key, grid in grids.items()}
+        run_all(f"grids, move {move}", first, new.get)
+        if move < moves:
+            grids = {key: grown(grid, *best(key)) for key, grid in grids.items()}
+    for count, seed in zip(KEPT, others):
+        kept = {key: best(key, count) for key in grids}
+        run_all(f"the better {count}", seed, kept.get)
+    return lost, {key: best(key)[0] for key in grids}
+
+
+def rows_of(lost, chosen, **more):
+    """How a JSON file tells of grids: a row for each cell. A run that diverged lost null."""
+    return [more | dict(method=key.method, offset=key.offset, level=key.level, reward=key.reward,
+                        judged=key.judged, cell=dict(cell), best=cell == chosen[key],
+                        lost=[share if share < math.inf else None for share in shares])
+            for key in lost for cell, shares in lost[key].items()]
+
+
+def lost_of(lab):
+    """For tune: what Runs lost."""
+    return lambda title, runs: [figures.lost(entry) for entry in results(lab, title, runs)]
