@@ -91,7 +91,7 @@ def decode_response(tokens, mask):
 
 
 def join(prompts, responses, response_mask):
-    """Prompts (B, P), responses, mask (B, R) -> tokens, mask (B, P + R) for sequence_logprob."""
+    """Prompts (B, S), responses, mask (B, T) -> tokens, mask (B, S + T) for sequence_logprob."""
     prompt_mask = torch.zeros_like(prompts, dtype=torch.bool)
     return torch.cat([prompts, responses], dim=1), torch.cat([prompt_mask, response_mask], dim=1)
 
@@ -172,14 +172,15 @@ def sentences(n, rng):
 # ---------------------------------------------------------------- feedback
 @dataclass
 class Feedback:
-    """R responses and three kinds of feedback on them. Rows 2i and 2i + 1 answer the same prompt.
+    """N responses and three kinds of feedback on them. Rows 2i and 2i + 1 answer the same prompt.
 
-    tokens, mask (R, 7)  prompt and response, as join's
-    pairs        (P, 2)  pairwise feedback: rows (chosen, rejected). y_w beats y_l with probability
+    tokens, mask (N, 7)  prompt and response, as join's
+    pairs        (M, 2)  pairwise feedback: rows (chosen, rejected). y_w beats y_l with probability
                          sigma(r_w - r_l), Eq. 1
-    labels       (R,)    binary feedback: 1 (thumb up, desirable) with probability sigma(r), the
-                         chance to beat a response of reward 0; else 0 (thumb down, undesirable)
-    scores       (R,)    score-based feedback: sigma(r), that chance itself
+    labels       (N,)    binary feedback, floats: 1.0 (thumb up, desirable) with probability
+                         sigma(r), the chance to beat a response of reward 0; else 0.0 (thumb down,
+                         undesirable)
+    scores       (N,)    score-based feedback: sigma(r), that chance itself
     """
     tokens: torch.Tensor
     mask: torch.Tensor
@@ -189,10 +190,10 @@ class Feedback:
 
 
 def feedback_on(prompts, responses, mask, generator, level=0.0):
-    """Feedback on responses (R, 4), mask (R, 4), to prompts (R, 3), all on the CPU.
+    """Feedback on responses (N, 4), mask (N, 4), to prompts (N, 3), all on the CPU.
 
-    R is even, and prompts 2i and 2i + 1 are the same. All three kinds are of the same responses.
-    Two identical responses say nothing and are left out of pairs: P <= R / 2.
+    N is even, and prompts 2i and 2i + 1 are the same. All three kinds are of the same responses.
+    Two identical responses say nothing and are left out of pairs: M <= N / 2.
     """
     rewards = reward(prompts, responses)
     first, second = torch.arange(0, len(rewards), 2), torch.arange(1, len(rewards), 2)
@@ -210,8 +211,8 @@ def feedback_on(prompts, responses, mask, generator, level=0.0):
 def mismatched(tokens, mask):
     """KTO's mismatched pairs (x_i, y_j): each prompt with a response to another prompt.
 
-    tokens, mask (R, 7) as Feedback's -> other_tokens, other_mask (R, 7). Row k has the response of
-    row k - 2; where that answers the same prompt, of row k - 4, and so on, mod R. ValueError where
+    tokens, mask (N, 7) as Feedback's -> other_tokens, other_mask (N, 7). Row k has the response of
+    row k - 2; where that answers the same prompt, of row k - 4, and so on, mod N. ValueError where
     all rows answer one prompt.
     """
     prompts = tokens[::2, :PROMPT_TOKENS]                                      # rows 2i, 2i + 1

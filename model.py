@@ -134,7 +134,7 @@ class ScalarGPT(GPT):
 
 @torch.no_grad()
 def sample(model, prompts, max_tokens, eot, generator=None):
-    """y ~ pi(.|x), one for each row of prompts (B, P) int.
+    """y ~ pi(.|x), one for each row of prompts (B, S) int.
 
     Returns responses (B, max_tokens) int, filled with eot behind their end, and their mask
     (B, max_tokens) bool: True up to and including the first eot; all True where none came in time.
