@@ -3,10 +3,10 @@
     python examples/own_model.py --model FOLDER --data feedback.jsonl --output_dir out
     torchrun --nproc-per-node 2 examples/own_model.py ...             the same, on two processes
 
-una.py is found in the folder above this one; a copy beside this file serves as well. Options are
-Settings, below, and TrainingArguments: --learning_rate, --bf16, --fsdp, ... A batch is counted in
-items, and a pair is one. All weights are trained, in float32; with --lora R a low-rank W + BA,
-added up before saving. Dropout is off, in the saved config too.
+una.py is found in the folder above this one; a copy beside this file serves as well. Flags are the
+fields of Settings, and TRAINING, below. A batch is counted in items, and a pair is one. All weights
+are trained, in float32; with --lora R a low-rank W + BA, added up before saving. Dropout is off, in
+the saved config too.
 
 Feedback is one JSON object a line, with TRL's field names, in any mixture: prompt, and chosen and
 rejected (Eq. 10), or completion and label (Eq. 11, 12; true, false, 1 or 0), or completion and
@@ -15,24 +15,29 @@ completion), or lists of token ids. Prompt and completion are encoded apart. A c
 its first end-of-text, which is appended if there is none; but ids are taken as they are. Of what is
 too long, a prompt keeps its last max_length / 2 tokens, a completion the first that then have room.
 
-The reference is the model as it was: its log-probabilities are computed once, before training. The
-first batch and the held-out ones once more must give rho = log pi - log pi_ref = 0 exactly, or the
-run ends. In batches cut otherwise rounding moves rho a little, in bfloat16 much more.
+The reference is the model as it was: its log-probabilities are computed once, before training.
+Computed once more, all must give rho = log pi - log pi_ref = 0 exactly, or the run ends. In batches
+cut otherwise rounding moves rho a little, in bfloat16 much more.
 """
+import copy
 import json
+import math
 import os
 import random
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from typing import Literal
 
 import peft
 import torch
 import transformers
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Sampler
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)) + up for up in ("", "/..")]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import una  # noqa: E402
 
 
@@ -48,252 +53,406 @@ class Settings:
     max_length: int = 1024                              # prompt and completion, or the model's
 
 
+# The flags of transformers' TrainingArguments that are tested here. All others end the run: some of
+# them would silently change what is trained.
+TRAINING = """output_dir max_steps num_train_epochs per_device_train_batch_size
+    per_device_eval_batch_size gradient_accumulation_steps activation_checkpointing learning_rate
+    lr_scheduler_type warmup_steps optim adam_beta2 weight_decay max_grad_norm bf16 use_cpu seed
+    save_strategy save_steps save_total_limit resume_from_checkpoint logging_steps report_to
+    disable_tqdm""".split()
+CHOICES = dict(lr_scheduler_type=Literal["linear", "cosine", "constant"],
+               optim=Literal["adamw_torch_fused", "adamw_torch", "sgd"],
+               save_strategy=Literal["no", "steps", "epoch"])
+Training = make_dataclass("Training", [
+    (field.name, CHOICES.get(field.name, field.type), copy.copy(field))
+    for field in fields(transformers.TrainingArguments) if field.name in TRAINING])
+
+
 def stop(message, status=2):
+    """Ends the run with one line, said by one process."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("own_model.py:", str(message).strip().split("\n")[0], file=sys.stderr)
+        below = "\n" if status == 1 else ""             # a progress bar may stand there
+        print(below + "own_model.py:", str(message).strip().split("\n")[0], file=sys.stderr)
     raise SystemExit(status)
+
+
+@contextmanager
+def reading(what):
+    """Whatever goes wrong while input is read is said in one line that names the input."""
+    try:
+        yield
+    except Exception as error:          # transformers and chat templates may raise anything
+        stop(f"{what}: {error}")
 
 
 # ---------------------------------------------------------------- feedback
 PAIR, LABEL, SCORE = range(3)
-KINDS = ("chosen", "rejected"), ("completion", "label"), ("completion", "score")
+FIELDS = "prompt", "chosen", "rejected", "completion", "label", "score"
+COPY = -1                               # the id of an item that only fills up a batch
+
+
+def judgement(row):
+    """A line's kind, its completions, and its label or score (1 for a pair, which has none)."""
+    given = {name for name in FIELDS if row.get(name) is not None}
+    if given == {"prompt", "chosen", "rejected"}:
+        return PAIR, [row["chosen"], row["rejected"]], 1.0
+    if given == {"prompt", "completion", "label"}:
+        if row["label"] not in (0, 1):
+            raise ValueError("the label is not true, false, 1 or 0")
+        return LABEL, [row["completion"]], float(row["label"])
+    if given == {"prompt", "completion", "score"}:
+        if type(row["score"]) not in (int, float) or not 0 <= row["score"] <= 1:
+            raise ValueError("the score is not a number from 0 to 1")
+        return SCORE, [row["completion"]], float(row["score"])
+    raise ValueError("a line has prompt and either chosen, rejected or completion, label or "
+                     "completion, score")
+
+
+def encode_prompt(text, tokenizer):
+    """The tokenizer may open a prompt with begin-of-text, but must not close it: it goes on."""
+    ids = tokenizer.encode(text)
+    bare = tokenizer.encode(text, add_special_tokens=False)
+    closed = ids[-len(bare) - 1:] == bare + [tokenizer.eos_token_id]
+    return ids[:-1] if closed else ids
+
+
+def chat_texts(prompt, answer, tokenizer):
+    """What the chat template makes of the prompt, and what it adds for the answer."""
+    if len(answer) != 1 or not all(isinstance(message, dict) for message in [*prompt, *answer]):
+        raise ValueError("prompt and completion are not both strings, messages or token ids")
+    if not answer[0]["content"]:
+        raise ValueError("an empty completion")
+    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
+    if not whole.startswith(start):
+        raise ValueError("the chat template begins a prompt otherwise once it is answered")
+    return start, whole[len(start):]
 
 
 def encode(prompt, completion, tokenizer):
-    """Token ids of both. The tokenizer may open a prompt with begin-of-text, never close it."""
-    eos, plain = tokenizer.eos_token_id, dict(add_special_tokens=False)
-    match prompt, completion:
-        case _, "" | [] | [{"content": ""}]:
-            raise ValueError("an empty completion")
-        case [*_], [*_] if {*map(type, prompt + completion)} == {int}:
-            return prompt, completion
-        case str(), str():
-            ids, bare = tokenizer.encode(prompt), tokenizer.encode(prompt, **plain)
-            ids = ids[:-1] if ids[-len(bare) - 1:] == bare + [eos] else ids
-        case [{"role": str()}, *_], [{"role": str(), "content": str()}]:
-            head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-            if not whole.startswith(head):
-                raise ValueError("the chat template begins a prompt otherwise once it is answered")
-            ids, completion = tokenizer.encode(head, **plain), whole[len(head):]
-        case _:
-            raise ValueError("prompt and completion are not both strings, messages or token ids")
-    completion = tokenizer.encode(completion, **plain) + [eos]
-    return ids, completion[:completion.index(eos) + 1]
+    """Token ids of both."""
+    if not completion:
+        raise ValueError("an empty completion")
+    if all(type(token) is int for token in [*prompt, *completion]):
+        return prompt, completion
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prompt_ids = encode_prompt(prompt, tokenizer)
+    else:
+        prompt, completion = chat_texts(prompt, completion, tokenizer)
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(completion, add_special_tokens=False) + [tokenizer.eos_token_id]
+    return prompt_ids, ids[:ids.index(tokenizer.eos_token_id) + 1]
 
 
 def item_of(row, tokenizer, vocabulary, max_length, counts):
     """What a line becomes; None for a pair of identical completions. ValueError if it is bad."""
-    fields = {name for name in {"prompt"}.union(*KINDS)
-              if isinstance(row, dict) and row.get(name) is not None}
-    kind = next((kind for kind, names in enumerate(KINDS) if fields == {"prompt", *names}), None)
-    if kind is None:
-        raise ValueError("fields are not prompt and either " + " or ".join(map(", ".join, KINDS)))
-    given = 1 if kind == PAIR else row[KINDS[kind][1]]
-    if kind == LABEL and given not in (0, 1):
-        raise ValueError(f"label {given!r} is not true, false, 1 or 0")
-    if kind == SCORE and not (type(given) in (int, float) and 0 <= given <= 1):
-        raise ValueError(f"score {given!r} is not in [0, 1]")
-    texts = [row[name] for name in KINDS[kind][:2 if kind == PAIR else 1]]
-    (whole, *_), completions = zip(*(encode(row["prompt"], text, tokenizer) for text in texts))
+    kind, texts, given = judgement(row)
+    encoded = [encode(row["prompt"], text, tokenizer) for text in texts]
+    whole = encoded[0][0]
     prompt = tuple(whole[-(max_length // 2):])
-    cut = [ids[:max_length - len(prompt)] for ids in completions]
-    if not prompt or not all(0 <= i < vocabulary for ids in (prompt, *cut) for i in ids):
-        raise ValueError(f"a prompt without a token, or a token that is not below {vocabulary}")
-    same = kind == PAIR and cut[0] == cut[1]
-    counts["pairs dropped: identical completions"] += same
+    completions = [ids[:max_length - len(prompt)] for _, ids in encoded]
+    if not prompt:
+        raise ValueError("a prompt without a token")
+    if not all(0 <= token < vocabulary for ids in (prompt, *completions) for token in ids):
+        raise ValueError(f"a token that is not below {vocabulary}")
     counts["prompts cut"] += len(prompt) < len(whole)
-    counts["completions cut"] += sum(len(a) < len(b) for a, b in zip(cut, completions))
-    return None if same else dict(prompt=prompt, completions=cut, kind=kind, given=float(given))
+    counts["completions cut"] += sum(len(a) < len(b) for a, (_, b) in zip(completions, encoded))
+    if kind == PAIR and completions[0] == completions[1]:
+        counts["pairs dropped: identical completions"] += 1
+        return None
+    return dict(prompt=prompt, completions=completions, kind=kind, given=given, offset=0.0,
+                ref_logprob=[0.0, 0.0])
 
 
-def read(path, *encoding):
-    """Items, and counts of what was dropped or cut. OSError, or ValueError with the bad line."""
+def read(path, tokenizer, vocabulary, max_length):
+    """The file's items, and counts of what was dropped or cut."""
     items, counts = [], Counter()
     with open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            try:
-                items.append(item_of(json.loads(line.decode()), *encoding, counts))
-            except Exception as e:                      # a chat template may raise anything
-                raise ValueError(f"{path}, line {n}: {getattr(e, 'msg', e)}: {line[:60]}") from e
-    if not any(items):
-        raise ValueError(f"{path}: no feedback to learn from")
-    return [dict(item, offset=0.0, ref_logprob=[0.0, 0.0]) for item in items if item], counts
+        for number, line in enumerate(file, 1):
+            with reading(f"{path}, line {number}: {line[:60]}"):
+                row = json.loads(line.decode("utf-8"))
+                item = item_of(row, tokenizer, vocabulary, max_length, counts)
+            if item is not None:
+                items.append(item)
+    if not items:
+        raise ValueError("no feedback to learn from")
+    return items, counts
 
 
 def estimate_offsets(items, beta, counts, least=1e-4, few=8):
-    """f(x) + c = beta log Z(x), of a prompt's n scores: from max r - beta log n to max r."""
+    """f(x) + c = beta log Z(x) of each prompt, from its n scores: from max r - beta log n to max r.
+    Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999."""
     scores, offsets = {item["prompt"]: [] for item in items}, {}
     for item in items:
-        scores[item["prompt"]] += [item["given"]] if item["kind"] == SCORE else []
+        if item["kind"] == SCORE:
+            scores[item["prompt"]].append(item["given"])
     for prompt, given in scores.items():
-        n, rewards = len(given), torch.tensor(given, dtype=torch.float64).logit(least)
-        offsets[prompt] = una.estimated_offset(rewards, beta).item() if n > 1 else 0.0
-        how = ("estimated, as if the model itself wrote what is scored" if n >= few else
-               f"a guess: WARNING, there are fewer than {few} scores" if n > 1 else
-               "0: there are fewer than 2 scores")
-        counts[f"prompts whose f(x) + c is {how}"] += 1
-        counts[f"scores taken for {least} or {1 - least}, since 0 and 1 have no logit"] += sum(
-            not least <= score <= 1 - least for score in given if n > 1)
+        if len(given) < 2:
+            counts["prompts with fewer than 2 scores: f(x) + c is 0"] += 1
+            continue
+        rewards = torch.tensor(given, dtype=torch.float64).logit(least)
+        offsets[prompt] = una.estimated_offset(rewards, beta).item()
+        if len(given) < few:
+            counts[f"prompts with fewer than {few} scores: f(x) + c is a guess"] += 1
     for item in items:
-        item["offset"] = offsets[item["prompt"]]
+        item["offset"] = offsets.get(item["prompt"], 0.0)
 
 
 def split(items, share):
     """Training and held-out items. All items of a prompt are on one side, drawn by lot."""
     prompts = sorted({item["prompt"] for item in items})
-    count = min(max(round(share * len(prompts)), 1), len(prompts) - 1) if share else 0
-    held = set(random.Random(0).sample(prompts, count))
-    return [[item for item in items if (item["prompt"] in held) == side] for side in (False, True)]
+    count = 0
+    if share:
+        count = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
+    drawn = set(random.Random(0).sample(prompts, count))
+    train = [item for item in items if item["prompt"] not in drawn]
+    held = [item for item in items if item["prompt"] in drawn]
+    return [[dict(item, id=n) for n, item in enumerate(part)] for part in (train, held)]
 
 
+# ---------------------------------------------------------------- the loss
 def collate(items):
-    """Rows of the items' first completions, then of the pairs' second ones; columns of items."""
-    rows = [(i["prompt"], y) for n in (0, 1) for i in items for y in i["completions"][n:n + 1]]
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor((*x, *y)) for x, y in rows], True)
-    start, end = torch.tensor([(len(x), len(x) + len(y)) for x, y in rows]).T[..., None]
+    """A batch: rows of the items' first completions, then of the pairs' second ones."""
+    rows = [(item["prompt"], item["completions"][0]) for item in items]
+    rows += [(item["prompt"], item["completions"][1]) for item in items if item["kind"] == PAIR]
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor([*x, *y]) for x, y in rows], True)
+    start = torch.tensor([[len(x)] for x, y in rows])
+    end = torch.tensor([[len(x) + len(y)] for x, y in rows])
     place = torch.arange(tokens.shape[1])
-    columns = {name: torch.tensor([item[name] for item in items])
-               for name in ("kind", "given", "offset", "ref_logprob")}
-    return dict(columns, input_ids=tokens, attention_mask=(place < end).long(),
-                response_mask=(place >= start) & (place < end), real=columns["kind"] >= 0)
+    names = ("id", "kind", "given", "offset", "ref_logprob")
+    return dict({name: torch.tensor([item[name] for item in items]) for name in names},
+                input_ids=tokens, attention_mask=(place < end).long(),
+                response_mask=(place >= start) & (place < end))
 
 
 def outcome(model, batch, beta, g):
-    """Loss, kind and given, (B,); rho and reward, (B, 2): of chosen (or only) and rejected."""
+    """Per item: loss (B,); rho and reward (B, 2), of its first and, in a pair, second completion.
+
+    The first completion of a pair is the chosen one. Where there is no second one, rho is 0.
+    """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     of_rows = una.sequence_logprob(logits, batch["input_ids"], batch["response_mask"])
-    ref, kind, given = batch["ref_logprob"], batch["kind"], batch["given"]
-    pair, label, score = (kind == each for each in (PAIR, LABEL, SCORE))
-    logprob = torch.zeros_like(ref)
-    logprob[:, 0], logprob[pair, 1] = of_rows[:len(kind)], of_rows[len(kind):]
-    reward = una.implicit_reward(logprob, ref, beta, batch["offset"][:, None])
+    kind, given, ref_logprob = batch["kind"], batch["given"], batch["ref_logprob"]
+    pair, label, score = kind == PAIR, kind == LABEL, kind == SCORE
+    logprob = torch.zeros_like(ref_logprob)
+    logprob[:, 0] = of_rows[:len(kind)]
+    logprob[pair, 1] = of_rows[len(kind):]
+    reward = una.implicit_reward(logprob, ref_logprob, beta, batch["offset"][:, None])
+    chosen, rejected = reward[pair, 0], reward[pair, 1]
     loss = torch.zeros_like(given)
-    loss[pair] = una.una_pair_loss(*reward[pair].unbind(1))
+    loss[pair] = una.una_pair_loss(chosen, rejected)
     loss[label] = una.una_binary_loss(reward[label, 0], given[label], g)
     loss[score] = una.una_score_loss(reward[score, 0], given[score], g)
-    return loss, kind, given, logprob - ref, reward
+    return dict(id=batch["id"], kind=kind, given=given, loss=loss, rho=logprob - ref_logprob,
+                reward=reward)
+
+
+def joined(parts):
+    """Several outcomes as one."""
+    return {name: torch.cat([part[name].detach().cpu() for part in parts]) for name in parts[0]}
 
 
 def measure(facts):
     """{name: mean} of outcomes, as far as there are any. What has the label 1 or 0 is chosen or
     rejected too. kl_ref_policy, the mean of -rho, estimates KL(pi_ref || pi) where the reference
     wrote the completions: without bias on held-out prompts, and at times below 0."""
-    loss, kind, given, rho, reward = map(torch.as_tensor, facts)
-    pair, label, score = (kind == each for each in (PAIR, LABEL, SCORE))
-    first, second = reward.unbind(1)
-    parts = dict(loss=loss, loss_pair=loss[pair], loss_label=loss[label], loss_score=loss[score],
-                 reward_chosen=first[pair | label & (given == 1)],
-                 reward_rejected=torch.cat([second[pair], first[label & (given == 0)]]),
-                 pairs_in_order=((first - second)[pair].sign() + 1) / 2,    # equal ones count half
-                 kl_ref_policy=-torch.cat([rho[:, 0], rho[pair, 1]]))
+    kind, given, loss, rho = (facts[name] for name in ("kind", "given", "loss", "rho"))
+    pair, label, score = kind == PAIR, kind == LABEL, kind == SCORE
+    first, second = facts["reward"].unbind(1)
+    parts = dict(
+        loss=loss, loss_pair=loss[pair], loss_label=loss[label], loss_score=loss[score],
+        reward_chosen=first[pair | label & (given == 1)],
+        reward_rejected=torch.cat([second[pair], first[label & (given == 0)]]),
+        pairs_in_order=((first - second)[pair].sign() + 1) / 2,         # equal ones count half
+        kl_ref_policy=-torch.cat([rho[:, 0], rho[pair, 1]]))
     means = {name: part.mean().item() for name, part in parts.items() if len(part)}
-    scores = torch.stack([una.implicit_score(first[score]), given[score]])
-    if score.any() and (scores.amin(1) < scores.amax(1)).all():
-        means["score_correlation"] = torch.corrcoef(scores.double())[0, 1].item()
+    scores = torch.stack([una.implicit_score(first[score]), given[score]]).double()
+    if score.any() and (scores.amin(1) < scores.amax(1)).all():         # else there is none
+        means["score_correlation"] = torch.corrcoef(scores)[0, 1].item()
     return means
+
+
+# ---------------------------------------------------------------- the trainer
+class EpochOrder(Sampler):
+    """An epoch's order: all items once, shuffled, then copies until all processes have full
+    batches. accelerate would repeat items there, and nothing would tell them from the real ones."""
+    def __init__(self, items, full, trainer):
+        self.items, self.trainer = len(items), trainer
+        self.copies = -self.items % full
+
+    def __len__(self):
+        return self.items + self.copies
+
+    def __iter__(self):
+        epoch = int(self.trainer.state.epoch or 0)      # of the checkpoint, if the run goes on
+        generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        yield from torch.randperm(self.items, generator=generator).tolist()
+        yield from [self.items] * self.copies           # behind the last item stands a copy
 
 
 class UNATrainer(transformers.Trainer):
     """The loss of a step is one mean over its items, however they are cut. Micro-batches add up and
-    DDP and FSDP average processes, so each micro-batch gives its sum x processes / items."""
+    DDP averages processes, so each micro-batch gives its sum x processes / items."""
     loss_is_scaled_for_ga = True        # or the Trainer might divide by the micro-batches as well
 
+    def __init__(self, settings, **options):
+        super().__init__(data_collator=collate, **options)
+        self.how = settings.beta, settings.g
+        self.seen = []                  # the outcomes since the last log
+
+    def get_train_dataloader(self):
+        items, size = self.train_dataset, self._train_batch_size
+        order = EpochOrder(items, size * self.accelerator.num_processes, self)
+        return self.accelerator.prepare(DataLoader(
+            items + [dict(items[0], id=COPY)], size, sampler=order, collate_fn=collate))
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step, and the number of its items in all processes. accelerate
-        fills up an epoch's last batch, behind `remainder` items, with copies: not real ones."""
+        """The micro-batches of a step, and the number of its items in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        epoch, real = self.accelerator.gradient_state, batches[-1]["real"]
-        if epoch.end_of_dataloader and epoch.remainder > 0:
-            real[max(0, epoch.remainder - len(real) * self.accelerator.process_index):] = False
-        return batches, self.accelerator.gather(sum(batch["real"].sum() for batch in batches)).sum()
+        count = sum((batch["id"] != COPY).sum() for batch in batches)
+        return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        facts = [part[inputs["real"]] for part in outcome(model, inputs, *self.how)]
-        self.seen.append([part.detach().cpu() for part in facts])
-        return facts[0].sum() * self.accelerator.num_processes / num_items_in_batch
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        model.train()                   # as in training: what is random would show in rho
-        with torch.no_grad():
-            facts = outcome(model, self._prepare_inputs(inputs), *self.how)
-        return None, facts[3], facts
+        facts = outcome(model, inputs, *self.how)
+        real = facts["id"] != COPY
+        facts = {name: part[real] for name, part in facts.items()}
+        self.seen.append(joined([facts]))
+        return facts["loss"].sum() * self.accelerator.num_processes / num_items_in_batch
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            facts, self.seen = map(torch.cat, zip(*gather_object(self.seen))), []
-            logs = measure(facts) | logs
+            if not math.isfinite(logs["loss"]):
+                stop(f"the loss is {logs['loss']}: training diverged and has no results", 1)
+            logs = measure(joined(gather_object(self.seen))) | logs
+            self.seen = []
         super().log(logs, start_time)
+
+    @torch.no_grad()
+    def outcomes(self, items):
+        """The outcome of all items, in order, as the model is now."""
+        self.model.train()              # as in training: what is random would show in rho
+        parts = []
+        for batch in self.get_test_dataloader(items):
+            with self.accelerator.autocast():
+                facts = outcome(self.model, batch, *self.how)
+            parts.append(joined([self.accelerator.gather_for_metrics(facts)]))
+        facts = joined(parts)
+        if facts["id"].tolist() != list(range(len(items))):
+            stop(f"{len(facts['id'])} outcomes of {len(items)} items: some were left out", 1)
+        return facts
+
+    def set_reference(self, items):
+        """Stores the model's log-probabilities in the items. Returns outcomes, with rho = 0."""
+        logprobs = self.outcomes(items)["rho"]          # while ref_logprob is 0
+        for item, logprob in zip(items, logprobs.tolist()):
+            item["ref_logprob"] = logprob
+        facts = self.outcomes(items)
+        if not (facts["rho"] == 0).all():               # NaN is not 0 either
+            stop(f"rho is up to {facts['rho'].abs().max()} nats before training: something in the "
+                 "model is random or not finite", 1)
+        return facts
 
 
 # ---------------------------------------------------------------- the run
-def prepare(arguments):
-    """Settings, training and held-out items, counts, trainer. ValueError or OSError: bad input."""
-    parser = transformers.HfArgumentParser([Settings, transformers.TrainingArguments])
+def parse(arguments):
+    """Settings and TrainingArguments."""
+    parser = transformers.HfArgumentParser([Settings, Training], allow_abbrev=False)
     parser.error = stop
-    parser.set_defaults(logging_steps=10, logging_nan_inf_filter=False, remove_unused_columns=False)
-    settings, args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    if not (0 < settings.beta < float("inf") and 0 <= settings.heldout < 1 < settings.max_length):
-        raise ValueError("must be: --beta > 0, 0 <= --heldout < 1, --max_length > 1")
-    if args.resume_from_checkpoint:
-        open(os.path.join(args.resume_from_checkpoint, "trainer_state.json")).close()
-    try:
-        config = transformers.AutoConfig.from_pretrained(settings.model).get_text_config()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {settings.model}: {error}") from error
-    if tokenizer.eos_token_id is None or len(tokenizer) < 2:    # none, or made up
-        raise ValueError(f"--model {settings.model}: no tokenizer, or one without end-of-text")
-    for name in [n for n, value in vars(config).items() if "drop" in n and type(value) is float]:
-        setattr(config, name, 0.0)
-    room = min(settings.max_length, getattr(config, "max_position_embeddings", settings.max_length))
-    items, counts = read(settings.data, tokenizer, config.vocab_size, room)
-    if settings.offset == "estimated":
-        estimate_offsets(items, settings.beta, counts)
-    train, held = split(items, settings.heldout)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        settings.model, config=config, dtype="auto" if settings.lora else torch.float32)
+    parser.set_defaults(logging_steps=10)
+    with reading("flags"):
+        settings, training = parser.parse_args_into_dataclasses(
+            arguments, look_for_args_file=False)
+        args = transformers.TrainingArguments(
+            **vars(training), remove_unused_columns=False, logging_nan_inf_filter=False)
+    if not (0 < settings.beta < math.inf and 0 <= settings.heldout < 1 < settings.max_length):
+        stop("must be: --beta > 0, 0 <= --heldout < 1, --max_length > 1")
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint and not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):
+        stop(f"--resume_from_checkpoint {checkpoint}: there is no checkpoint")
+    return settings, args
+
+
+def load_tokenizer(name):
+    """The tokenizer, and the model's config without dropout."""
+    config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None or len(tokenizer) < 2:            # none, or made up
+        raise ValueError("no tokenizer, or one without end-of-text")
+    for field, value in list(vars(config).items()):
+        if "drop" in field and type(value) is float:
+            setattr(config, field, 0.0)
+    return tokenizer, config
+
+
+def load_model(settings, config, seed):
+    """The policy, which before training is the reference."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        settings.model, config=config, dtype="auto" if settings.lora else torch.float32,
+        output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+    with torch.no_grad():               # the last token must not change what is predicted earlier
+        one, other = (model(torch.tensor([[0, 0, last]])).logits[0, :2] for last in (0, 1))
+    if not torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError("the model is not causal: it sees the tokens that it should predict")
     if settings.lora:
-        transformers.set_seed(args.seed)
+        transformers.set_seed(seed)
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=settings.lora, lora_alpha=settings.lora, target_modules="all-linear"))
-    trainer = UNATrainer(model, args, collate, train, held or None, tokenizer)
-    if settings.lora and trainer.is_fsdp_enabled:
-        raise ValueError("--lora: W + BA is added up on one process, not with FSDP")
-    trainer.how, trainer.seen = (settings.beta, settings.g), []
-    return settings, train, held, counts, trainer
+    return model
+
+
+def finish(trainer, held, lora):
+    """What is measured after training; then saves the model. If it has diverged, nothing."""
+    facts = trainer.outcomes(held or trainer.train_dataset[:1])
+    weights = all(weight.isfinite().all() for weight in trainer.model.parameters())
+    if not (weights and facts["loss"].isfinite().all()):
+        stop("weights or losses are not finite: training diverged and has no results", 1)
+    if lora:
+        trainer.model = trainer.model.cpu().float().merge_and_unload()
+    trainer.save_model()
+    return measure(facts) if held else {}
+
+
+def write_json(path, content):
+    """Whole, or not at all."""
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+    os.replace(path + ".part", path)
 
 
 def main(arguments=None):
     """Reads, trains, measures, saves. Bad input is one line and status 2."""
-    try:
-        settings, train, held, counts, trainer = prepare(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        stop(error)
-    for part in filter(None, (train, held)):            # while ref_logprob is 0, rho is log pi
-        for item, logprob in zip(part, trainer.predict(part).predictions.tolist()):
-            item["ref_logprob"] = logprob
-    some = train[:trainer.args.eval_batch_size * trainer.args.world_size]
-    start = [trainer.predict(part).label_ids for part in (some, held) if part]
-    if largest := max(abs(facts[3]).max() for facts in start):
-        stop(f"rho is up to {largest} nats before training: something in the model is random", 1)
-    trainer.accelerator.print(*(f"{n} {name}" for name, n in counts.items() if n), f"{len(train)} "
-        f"items, {len(held)} held out. rho is 0 exactly for {len(some + held)} of them", sep="\n")
-    # predict marks the model as prepared. Then train would leave out DDP, without a word.
-    trainer.model._is_accelerate_prepared = trainer.is_fsdp_enabled
-    trainer.compute_metrics = lambda output: measure(output.label_ids)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    before, after = map(measure, (start[-1], trainer.predict(held).label_ids)) if held else ({}, {})
-    if settings.lora:
-        trainer.model = trainer.model.cpu().float().merge_and_unload()
-    trainer.save_model()
+    settings, args = parse(arguments)
+    with reading(f"--model {settings.model}"):
+        tokenizer, config = load_tokenizer(settings.model)
+    room = min(settings.max_length, getattr(config, "max_position_embeddings", math.inf))
+    with reading(f"--data {settings.data}"):
+        items, counts = read(settings.data, tokenizer, config.vocab_size, room)
+    if settings.offset == "estimated":
+        estimate_offsets(items, settings.beta, counts)
+    train, held = split(items, settings.heldout)
+    with reading(f"--model {settings.model}"):
+        model = load_model(settings, config, args.seed)
+    with reading("flags"):
+        trainer = UNATrainer(settings, model=model, args=args, train_dataset=train,
+                             processing_class=tokenizer)
+
+    trainer.set_reference(train)
+    before = measure(trainer.set_reference(held)) if held else {}
+    say = trainer.accelerator.print                     # by one process
+    for name, count in counts.items():
+        if count:
+            say(count, name)
+    say(f"{len(train)} items, {len(held)} held out. rho is 0 exactly for all of them")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = finish(trainer, held, settings.lora)
     if trainer.is_world_process_zero():
-        with open(os.path.join(trainer.args.output_dir, "results.json.part"), "w") as file:
-            json.dump(dict(settings=vars(settings), items=dict(train=len(train), held=len(held)),
-                           counts=counts, before=before, after=after), file, indent=1)
-        os.replace(file.name, file.name.removesuffix(".part"))
-    trainer.accelerator.print("held-out                before     after", *(
-        f"{n:<20}{before.get(n, float('nan')):10.4f}{v:10.4f}" for n, v in after.items()), sep="\n")
+        write_json(os.path.join(args.output_dir, "results.json"), dict(
+            settings=asdict(settings), items=dict(train=len(train), held=len(held)), counts=counts,
+            before=before, after=after))
+    if held:
+        say("held-out:", json.dumps(dict(before=before, after=after), indent=1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python -m pytest examples/test_own_model.py
 """
-import ast
 import json
 import math
 import os
@@ -11,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -21,15 +21,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-import una
-
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
 WORDS = "<unk> <eos> <bos> user assistant : a b c d e f g h i j k good bad".split()
 TEMPLATE = ("{% for m in messages %}{{ m.role + ' : ' + m.content + ' <eos> ' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}")
 PLAIN = ["--use_cpu", "--optim", "sgd", "--lr_scheduler_type", "constant", "--max_grad_norm", "0",
-         "--save_strategy", "no", "--disable_tqdm", "1", "--learning_rate", "0.5"]
+         "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "1",
+         "--learning_rate", "0.5"]
 
 
 def ids(text):
@@ -43,52 +42,50 @@ def a_tokenizer(closing=False, **special):
     if closing:
         words.post_processor = processors.TemplateProcessing(
             single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)])
-    special = special or dict(eos_token="<eos>")
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, **special or dict(eos_token="<eos>"))
     made.chat_template = TEMPLATE
     return made
 
 
-def a_model(seed=0, **config):
-    """A GPT-2 of two layers, dropout as usual."""
-    torch.manual_seed(seed)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**dict(dict(
+def a_model(kind=transformers.GPT2LMHeadModel, **config):
+    """Two layers, dropout as usual."""
+    torch.manual_seed(0)
+    return kind(transformers.GPT2Config(**dict(
         vocab_size=len(WORDS), n_embd=8, n_layer=2, n_head=2, n_positions=32, bos_token_id=None,
-        eos_token_id=1, initializer_range=0.3), **config)))
+        eos_token_id=1, initializer_range=0.3) | config))
+
+
+def saved(path, *parts):
+    for part in parts:
+        part.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A model and its tokenizer, saved."""
-    path = tmp_path_factory.mktemp("model")
-    a_model().save_pretrained(path)
-    a_tokenizer().save_pretrained(path)
-    return str(path)
+    return saved(tmp_path_factory.mktemp("model"), a_model(), a_tokenizer())
 
 
-def feedback(count, seed=0, prompts=None):
-    """Rows of the three kinds in turn, each with a prompt of its own or with one of a few."""
-    rng = random.Random(seed)
+def feedback(count, prompts=None):
+    """Rows of the three kinds in turn, each with a prompt of its own or with one of a few. <unk>
+    has the id that pads."""
+    rng = random.Random(0)
 
     def words(least, most):
-        return " ".join(rng.choice("abcdefghijk") for _ in range(rng.randint(least, most)))
+        return " ".join(rng.choices(["<unk>", *"abcdefghijk"], k=rng.randint(least, most)))
 
-    some = [words(2, 5) for _ in range(prompts or count)]
-    rows = []
+    some, rows = [words(2, 5) for _ in range(prompts or count)], []
     for i in range(count):
-        row = dict(prompt=some[i % len(some)])
-        if i % 3 == 0:
-            row |= dict(chosen=words(1, 6) + " good", rejected=words(1, 4) + " bad")
-        elif i % 3 == 1:
-            row |= dict(completion=words(1, 6), label=i % 2 == 0)
-        else:
-            row |= dict(completion=words(1, 6), score=rng.random())
-        rows.append(row)
+        said = [dict(chosen=words(1, 6) + " good", rejected=words(1, 4) + " bad"),
+                dict(completion=words(1, 6), label=i % 2 == 0),
+                dict(completion=words(1, 6), score=rng.random())][i % 3]
+        rows.append(dict(prompt=some[i % len(some)], **said))
     return rows
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -96,11 +93,16 @@ def run(folder, rows, out, *options):
     """main on the rows. Returns results.json."""
     data = write(Path(f"{out}.jsonl"), rows)
     own_model.main(["--model", folder, "--data", data, "--output_dir", str(out), *PLAIN, *options])
-    return json.loads((Path(out) / "results.json").read_text("utf-8"))
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def items_of(rows, tmp_path, tokenizer=None, max_length=32):
+    return own_model.read(write(tmp_path / "rows.jsonl", rows), tokenizer or a_tokenizer(),
+                          len(WORDS), max_length)
 
 
 def plain_logprob(model, prompt, completion):
-    """log pi(y|x), a token at a time: no padding, no batch, no mask. In the model's precision."""
+    """log pi(y|x), a token at a time: no padding, no batch, no mask."""
     total, tokens = 0.0, list(prompt)
     for token in completion:
         logits = model(torch.tensor([tokens])).logits[0, -1]
@@ -113,27 +115,23 @@ def completions(row):
     return [ids(row[name]) + [1] for name in ("chosen", "rejected", "completion") if name in row]
 
 
-def written_out(policy, reference, rows, beta, g, offset=None):
-    """Loss of each row, rewards and rhos of its completions, by the equations' formulas."""
-    losses, rewards, rhos = [], [], []
+def written_out(policy, reference, rows, beta, g):
+    """Loss and rewards of each row, by the equations' formulas."""
+    losses, rewards = [], []
     for row in rows:
-        prompt = ids(row["prompt"])
-        rho = []
-        for completion in completions(row):
-            with torch.no_grad():
-                ref = plain_logprob(reference, prompt, completion)
-            rho.append(plain_logprob(policy, prompt, completion) - ref)
-        reward = [beta * each + (offset or {}).get(row["prompt"], 0.0) for each in rho]
+        logprobs = [[plain_logprob(model, ids(row["prompt"]), y) for y in completions(row)]
+                    for model in (policy, reference)]
+        reward = [beta * (p - ref.detach()) for p, ref in zip(*logprobs)]
+        s, given = torch.sigmoid(reward[0]), float(row.get("label", row.get("score", 0)))
         if "chosen" in row:
             loss = torch.log(1 + torch.exp(reward[1] - reward[0]))
+        elif g == "mse":
+            loss = (s - given) ** 2
         else:
-            said, s = float(row.get("label", row.get("score"))), 1 / (1 + torch.exp(-reward[0]))
-            loss = (s - said) ** 2 if g == "mse" else -(
-                said * torch.log(s) + (1 - said) * torch.log(1 - s))
+            loss = -given * torch.log(s) - (1 - given) * torch.log(1 - s)
         losses.append(loss)
         rewards.append(reward)
-        rhos += rho
-    return losses, rewards, rhos
+    return losses, rewards
 
 
 def loaded(path):
@@ -145,514 +143,364 @@ def weights(path):
 
 
 def farthest(a, b):
-    """The largest difference of two state_dicts."""
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    """The largest difference of two folders' weights."""
+    a, b = weights(a), weights(b)
+    return max((a[name] - b[name]).abs().max().item() for name in a.keys() | b.keys())
 
 
-# ---------------------------------------------------------------- losses and gradients
-@pytest.mark.parametrize("g", ["mse", "bce"])
-def test_loss_and_what_is_measured_are_those_of_a_plain_loop(folder, tmp_path, monkeypatch, g):
-    rows = feedback(40)
-    real_split, held = own_model.split, []
-    monkeypatch.setattr(own_model, "split", lambda *a: held.append(real_split(*a)) or held[-1])
-    results = run(folder, rows, tmp_path / "out", "--g", g, "--beta", "0.7", "--heldout", "0.5",
-                  "--max_steps", "6", "--per_device_eval_batch_size", "5")
-    prompts = {tuple(item["prompt"]) for item in held[0][1]}
-    rows = [row for row in rows if tuple(ids(row["prompt"])) in prompts]
-    assert len(rows) == results["items"]["held"] == 20
-    for policy, measured in ((loaded(folder), results["before"]),
-                             (loaded(tmp_path / "out"), results["after"])):
-        with torch.no_grad():
-            losses, rewards, rhos = written_out(policy, loaded(folder), rows, 0.7, g)
-        kinds = {"pair": "chosen", "label": "label", "score": "score"}
-        expected = {f"loss_{kind}": [loss for loss, row in zip(losses, rows) if field in row]
-                    for kind, field in kinds.items()}
-        pairs = [reward for reward in rewards if len(reward) == 2]
-        thumbs = {said: [reward[0] for reward, row in zip(rewards, rows)
-                         if row.get("label") is said] for said in (True, False)}
-        assert thumbs[True] and thumbs[False]
-        expected |= {"loss": losses, "kl_ref_policy": [-rho for rho in rhos],
-                     "reward_chosen": [first for first, _ in pairs] + thumbs[True],
-                     "reward_rejected": [second for _, second in pairs] + thumbs[False],
-                     "pairs_in_order": [1.0 if a > b else 0.5 if a == b else 0 for a, b in pairs]}
-        for name, parts in expected.items():
-            assert measured[name] == pytest.approx(float(sum(parts) / len(parts)), abs=2e-6), name
-        if measured is results["after"]:
-            assert max(map(abs, rhos)) > 0.1
-            scored = [(float(torch.sigmoid(reward[0])), row["score"])
-                      for reward, row in zip(rewards, rows) if "score" in row]
-            assert measured["score_correlation"] == pytest.approx(correlation(scored), abs=1e-4)
-        else:
-            assert "score_correlation" not in measured           # of a constant there is none
-
-
-def correlation(pairs):
-    n = len(pairs)
-    mean = [sum(pair[k] for pair in pairs) / n for k in (0, 1)]
-    cov = [[sum((p[i] - mean[i]) * (p[j] - mean[j]) for p in pairs) for j in (0, 1)]
-           for i in (0, 1)]
-    return cov[0][1] / math.sqrt(cov[0][0] * cov[1][1])
-
-
-def test_losses_are_una_py_s_of_the_same_logprobs(folder):
-    rows = feedback(9)
-    policy, reference = a_model(1).eval(), a_model().eval()
-    tokenizer = a_tokenizer()
-    items = [dict(own_model.item_of(row, tokenizer, len(WORDS), 32, own_model.Counter()),
-                  offset=0.3, ref_logprob=[0.0, 0.0]) for row in rows]
-    with torch.no_grad():
-        logprobs, refs = ([[plain_logprob(model, ids(row["prompt"]), y) for y in completions(row)]
-                           for row in rows] for model in (policy, reference))
-    for item, ref in zip(items, refs):
-        item["ref_logprob"] = [float(each) for each in ref] + [0.0] * (2 - len(ref))
-    for g in ("mse", "bce"):
-        loss, *_ = own_model.outcome(policy, own_model.collate(items), 0.2, g)
-        for i, row in enumerate(rows):
-            rewards = [una.implicit_reward(p[None], r[None], 0.2, 0.3)
-                       for p, r in zip(logprobs[i], refs[i])]
-            if "chosen" in row:
-                expected = una.una_pair_loss(*rewards)
-            elif "label" in row:
-                expected = una.una_binary_loss(rewards[0], torch.tensor([row["label"]]), g)
-            else:
-                expected = una.una_score_loss(rewards[0], torch.tensor([row["score"]]), g)
-            torch.testing.assert_close(loss[i:i + 1], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("cut", [(7, 1), (2, 4), (3, 4), (1, 7)])
+# ---------------------------------------------------------------- losses, gradients, steps
+@pytest.mark.parametrize("batch, micro_batches, g, more", [
+    (7, 1, "mse", []), (2, 4, "bce", []), (3, 3, "mse", ["--activation_checkpointing", "True"])])
 def test_a_step_is_the_gradient_of_the_mean_over_all_items_however_they_are_cut(
-        folder, tmp_path, cut):
+        folder, tmp_path, batch, micro_batches, g, more):
     rows = feedback(7)
-    batch, accumulation = map(str, cut)
-    run(folder, rows, tmp_path / "out", "--heldout", "0", "--max_steps", "1", "--learning_rate",
-        "1", "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-    policy, start = loaded(folder), weights(folder)
-    losses, _, _ = written_out(policy, loaded(folder), rows, 0.1, "mse")
+    run(folder, rows, tmp_path / "out", "--heldout", "0", "--max_steps", "1", "--g", g,
+        "--learning_rate", "1", "--per_device_train_batch_size", str(batch),
+        "--gradient_accumulation_steps", str(micro_batches), *more)
+    policy, start, trained = loaded(folder), weights(folder), weights(tmp_path / "out")
+    losses, _ = written_out(policy, loaded(folder), rows, 0.1, g)
     (sum(losses) / 7).backward()
-    trained = weights(tmp_path / "out")
     for name, parameter in policy.named_parameters():
         step = start[name] - trained[name]
         torch.testing.assert_close(step, parameter.grad, rtol=1e-4, atol=2e-6)
     assert max(p.grad.abs().max() for p in policy.parameters()) > 0.01
 
 
-def logged(text):
-    """The dicts that the Trainer prints while it trains."""
-    lines = [ast.literal_eval(line) for line in text.splitlines() if line.startswith("{'loss'")]
-    return [{name: float(value) for name, value in line.items()} for line in lines]
+def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop(folder, tmp_path):
+    rows, out = feedback(40), tmp_path / "out"
+    results = run(folder, rows, out, "--beta", "0.7", "--heldout", "0.5", "--max_steps", "6",
+                  "--per_device_eval_batch_size", "7")
+    assert results["items"] == dict(train=20, held=20) and results["settings"]["beta"] == 0.7
+    held = {item["prompt"] for item in own_model.split(items_of(rows, tmp_path)[0], 0.5)[1]}
+    rows = [row for row in rows if tuple(ids(row["prompt"])) in held]
+    for policy, measured in (folder, results["before"]), (out, results["after"]):
+        with torch.no_grad():
+            losses, rewards = written_out(loaded(policy), loaded(folder), rows, 0.7, "mse")
+        pairs = [reward for reward in rewards if len(reward) == 2]
+        up, down = ([reward[0] for reward, row in zip(rewards, rows) if row.get("label") is said]
+                    for said in (True, False))
+        expected = {f"loss_{kind}": [loss for loss, row in zip(losses, rows) if field in row]
+                    for kind, field in dict(pair="chosen", label="label", score="score").items()}
+        expected |= dict(
+            loss=losses, reward_chosen=[first for first, _ in pairs] + up,
+            reward_rejected=[second for _, second in pairs] + down,
+            pairs_in_order=[1.0 if a > b else 0.5 if a == b else 0 for a, b in pairs],
+            kl_ref_policy=[-each / 0.7 for reward in rewards for each in reward])
+        for name, parts in expected.items():
+            assert measured[name] == pytest.approx(float(sum(parts) / len(parts)), abs=2e-6), name
+    scored = torch.tensor([(reward[0].sigmoid(), row["score"])
+                           for reward, row in zip(rewards, rows) if "score" in row])
+    assert measured["score_correlation"] == pytest.approx(
+        torch.corrcoef(scored.T)[0, 1].item(), abs=1e-4)
+    assert up and down and farthest(folder, out) > 0.1 and not list(out.glob("*.part"))
+    assert transformers.AutoTokenizer.from_pretrained(out).encode("a good") == ids("a good")
 
 
-def test_two_processes_are_one(folder, tmp_path, capfd):
-    """11 items: the second step of an epoch has 3, so one process has an item too few."""
-    rows = feedback(14)
-    options = ["--num_train_epochs", "2", "--logging_steps", "1", "--heldout", "0.2"]
-    one = run(folder, rows, tmp_path / "one", *options, "--per_device_train_batch_size", "8")
-    assert one["items"] == dict(train=11, held=3)
-    of_one = logged(capfd.readouterr().out)
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(HERE / "own_model.py"), "--model", folder, "--data", f"{tmp_path / 'one'}.jsonl",
-         "--output_dir", str(tmp_path / "two"), *PLAIN, *options, "--per_device_train_batch_size",
-         "2", "--gradient_accumulation_steps", "2"], cwd=tmp_path, capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
-    assert farthest(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
-    assert farthest(weights(tmp_path / "one"), weights(folder)) > 0.03
-    of_two = logged(two.stdout)
-    assert len(of_one) == len(of_two) == 4
-    for step, (ours, theirs) in enumerate(zip(of_one, of_two)):
-        # In the first step rounding alone decides what depends on the order of zeros.
-        decided = {"score_correlation", "pairs_in_order"} if step == 0 else set()
-        for name in ours.keys() - decided - {"epoch"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
-    results = json.loads((tmp_path / "two" / "results.json").read_text("utf-8"))
-    assert results["after"] == pytest.approx(one["after"], abs=1e-5)
+# As a script, twice in the same two processes: a whole run, and one that goes on.
+TWICE = """import runpy, sys
+script, one, two, *rest = sys.argv[1:]
+for arguments in [*rest, "--output_dir", one], [
+        *rest, "--output_dir", two, "--resume_from_checkpoint", one + "/checkpoint-3"]:
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+assert sys.modules["una"].__file__ == script.replace("own_model", "una")
+"""
 
 
-# ---------------------------------------------------------------- the reference
-def test_a_run_that_was_killed_and_goes_on_is_one_that_was_not(folder, tmp_path):
-    """Killed after a checkpoint. The reference is --model's, not the checkpoint's."""
-    rows, options = feedback(14), [
-        "--max_steps", "8", "--optim", "adamw_torch", "--lr_scheduler_type", "linear",
-        "--learning_rate", "0.01", "--save_strategy", "steps", "--save_steps", "3",
-        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    whole = run(folder, rows, tmp_path / "whole", *options)
+def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folder, tmp_path):
+    """11 items: the second step of an epoch has 3 of them, and copies that must not count."""
+    one, two, gone_on = (tmp_path / name for name in ("one", "two", "gone_on"))
+    options = ["--num_train_epochs", "2", "--logging_steps", "1", "--heldout", "0.2",
+               "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
+    results = run(folder, feedback(14), one, *options, "--per_device_train_batch_size", "8")
+    assert results["items"] == dict(train=11, held=3)
     for source in (HERE / "own_model.py", HERE.parent / "una.py"):
         shutil.copy(source, tmp_path)                            # a copy of una.py serves as well
-    killed = f"""import os, sys
-sys.path = [{str(tmp_path)!r}, *(path for path in sys.path if path)]
-import own_model
-assert own_model.una.__file__ == {str(tmp_path / "una.py")!r}
-save = own_model.UNATrainer._save_checkpoint
-def save_and_die(self, *arguments):
-    save(self, *arguments)
-    if self.state.global_step == 3:
-        os.kill(os.getpid(), 9)
-own_model.UNATrainer._save_checkpoint = save_and_die
-own_model.main(sys.argv[1:])"""
-    command = [sys.executable, "-c", killed, "--model", folder, "--data",
-               f"{tmp_path / 'whole'}.jsonl", "--output_dir", str(tmp_path / "killed"), *PLAIN]
-    ended = subprocess.run([*command, *options], cwd="/", capture_output=True, text=True)
-    assert ended.returncode == -9, ended.stderr
-    assert not list((tmp_path / "killed").glob("results.json*"))
-    gone_on = run(folder, rows, tmp_path / "killed", *options, "--resume_from_checkpoint",
-                  str(tmp_path / "killed" / "checkpoint-3"))
-    assert farthest(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
-    assert farthest(weights(tmp_path / "whole"), weights(folder)) > 0.01
+    (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "twice.py", str(tmp_path / "own_model.py"), str(two), str(gone_on), "--model", folder,
+         "--data", f"{one}.jsonl", *PLAIN, *options, "--per_device_train_batch_size", "2",
+         "--gradient_accumulation_steps", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert farthest(one, two) < 1e-6 and farthest(one, folder) > 0.03
+    assert farthest(two, gone_on) == 0
+    histories = [json.loads((out / "checkpoint-4/trainer_state.json").read_text(encoding="utf-8"))
+                 ["log_history"] for out in (one, two, gone_on)]
+    for ours, *theirs in zip(*histories):
+        # In the first step rounding alone decides what depends on the order of zeros.
+        undecided = {"score_correlation", "pairs_in_order"} if ours["step"] == 1 else set()
+        for name in ours.keys() - undecided - {"epoch"}:
+            for value in theirs:
+                assert ours[name] == pytest.approx(value[name], rel=1e-3, abs=1e-5), name
+    for out in two, gone_on:
+        told = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        assert told["after"] == pytest.approx(results["after"], abs=1e-5)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_is_one_that_was_not_broken(folder, tmp_path):
+    """The reference is --model's, not the checkpoint's."""
+    rows, options = feedback(14), [
+        "--max_steps", "8", "--optim", "adamw_torch", "--adam_beta2", "0.9", "--learning_rate",
+        "0.01", "--lr_scheduler_type", "cosine", "--warmup_steps", "2", "--weight_decay", "0.1",
+        "--max_grad_norm", "1", "--seed", "5", "--save_strategy", "steps", "--save_steps", "3",
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    whole = run(folder, rows, tmp_path / "whole", *options)
+    gone_on = run(folder, rows, tmp_path / "gone_on", *options, "--resume_from_checkpoint",
+                  str(tmp_path / "whole" / "checkpoint-3"))
+    assert farthest(tmp_path / "whole", tmp_path / "gone_on") == 0
+    assert farthest(tmp_path / "whole", folder) > 0.01
     assert gone_on["before"] == whole["before"] and gone_on["after"] == whole["after"]
 
 
-def test_at_the_start_every_rho_is_0_and_dropout_is_off(folder, tmp_path, capsys):
+# ---------------------------------------------------------------- the reference
+def test_the_reference_is_the_models_own_and_stays_beside_the_data(folder, tmp_path, monkeypatch):
+    """One pass computes it, one compares it, then come two epochs, and the end measures one."""
+    outcome, seen = own_model.outcome, []
+    monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
+        seen.append((batch, torch.is_grad_enabled())) or outcome(model, batch, *how)))
+    rows, model = feedback(6), loaded(folder)
+    run(folder, rows, tmp_path / "out", "--heldout", "0", "--num_train_epochs", "2",
+        "--save_strategy", "epoch")
+    assert [gradients for _, gradients in seen] == [False, False, True, True, False]
+    epochs = [batch["id"].tolist() for batch, _ in seen[2:4]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [-1, -1, *range(6)] and epochs[0] != epochs[1]
+    assert (tmp_path / "out/checkpoint-2").is_dir()
+    with torch.no_grad():
+        expected = [[float(plain_logprob(model, ids(row["prompt"]), y)) for y in completions(row)]
+                    for row in rows]
+    for batch, _ in seen[1:]:
+        for number, logprob in zip(batch["id"].tolist(), batch["ref_logprob"].tolist()):
+            known = expected[0 if number == own_model.COPY else number]
+            assert logprob == pytest.approx(known + [0.0] * (2 - len(known)), abs=1e-5)
+
+
+def ends(capsys, status, *arguments):
+    """The one line with which main ends."""
+    with pytest.raises(SystemExit) as end:
+        own_model.main([*arguments, "--use_cpu"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("own_model")]
+    assert end.value.code == status and len(said) == 1, said
+    return said[0]
+
+
+def test_before_training_every_rho_is_0_or_the_run_ends(folder, tmp_path, capsys, monkeypatch):
     assert loaded(folder).config.resid_pdrop == loaded(folder).config.attn_pdrop == 0.1
-    before = run(folder, feedback(24), tmp_path / "out", "--heldout", "0.3", "--max_steps", "1")[
-        "before"]
-    assert "17 items, 7 held out. rho is 0 exactly for 15 of them\n" in capsys.readouterr().out
-    assert before["kl_ref_policy"] == before["reward_chosen"] == before["reward_rejected"] == 0
-    assert before["pairs_in_order"] == 0.5 and before["loss_label"] == 0.25
-    assert loaded(tmp_path / "out").config.resid_pdrop == 0
+    rows = [*feedback(12), dict(prompt="a " * 20, completion="b", label=1)]
+    before = run(folder, rows, tmp_path / "out", "--max_steps", "1")["before"]
+    assert "12 items, 1 held out. rho is 0 exactly for all of them\n" in capsys.readouterr().out
+    assert before["kl_ref_policy"] == 0 and loaded(tmp_path / "out").config.resid_pdrop == 0
+    load, loader = own_model.load_model, own_model.UNATrainer.get_test_dataloader
+    flags = ["--model", folder, "--data", f"{tmp_path / 'out'}.jsonl", "--heldout", "0",
+             "--output_dir", str(tmp_path / "no")]
 
-
-def test_a_model_with_dropout_left_in_it_is_found_out(folder, tmp_path, capsys, monkeypatch):
-    load = transformers.AutoModelForCausalLM.from_pretrained
-
-    def random_model(*arguments, **options):
-        model = load(*arguments, **options)
+    def with_dropout(*arguments):
+        model = load(*arguments)
         model.transformer.drop = torch.nn.Dropout(0.1)
         return model
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", random_model)
-    with pytest.raises(SystemExit) as end:
-        run(folder, feedback(6), tmp_path / "out", "--max_steps", "1")
-    assert end.value.code == 1 and not (tmp_path / "out" / "results.json").exists()
-    assert "something in the model is random" in capsys.readouterr().err
+    def with_nan(*arguments):                           # met by the last item's batch alone
+        model = load(*arguments)
+        model.transformer.wpe.weight.data[15] = math.nan
+        return model
+
+    for spoilt in with_dropout, with_nan:
+        monkeypatch.setattr(own_model, "load_model", spoilt)
+        assert "random or not finite" in ends(capsys, 1, *flags)
+    monkeypatch.setattr(own_model, "load_model", load)
+    monkeypatch.setattr(own_model.UNATrainer, "get_test_dataloader",
+                        lambda self, items: list(loader(self, items))[:-1])
+    assert "8 outcomes of 13 items: some were left out" in ends(capsys, 1, *flags)
+    assert not (tmp_path / "no" / "results.json").exists()
 
 
-def test_one_model_is_loaded_and_its_reference_stays_beside_the_data(
-        folder, tmp_path, monkeypatch):
-    load, batches = transformers.AutoModelForCausalLM.from_pretrained, []
-    calls = []
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
-                        lambda *a, **k: calls.append(a) or load(*a, **k))
-    outcome = own_model.outcome
-    monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
-        batches.append(batch) or outcome(model, batch, *how)))
-    rows = feedback(6)
-    run(folder, rows, tmp_path / "out", "--heldout", "0", "--num_train_epochs", "2")
-    assert len(calls) == 1
-    reference, by_prompt = loaded(folder), {}
-    for row in rows:
-        values = [plain_logprob(reference, ids(row["prompt"]), y).item() for y in completions(row)]
-        by_prompt[tuple(ids(row["prompt"]))] = values + [0.0] * (2 - len(values))
-    assert len(batches) == 4                 # the reference, the check, an epoch, the second one
-    for batch in batches[1:]:
-        for tokens, ref in zip(batch["input_ids"].tolist(), batch["ref_logprob"].tolist()):
-            start = next(x for x in by_prompt if tuple(tokens[:len(x)]) == x)
-            assert ref == pytest.approx(by_prompt[start], abs=1e-5)
+def test_bfloat16_computes_in_it_and_keeps_the_weights_in_float32(folder, tmp_path):
+    results = [run(folder, feedback(12), tmp_path / kind, "--bf16", kind, "--max_steps", "3",
+                   "--heldout", "0.3", "--optim", "adamw_torch_fused", "--learning_rate", "0.01",
+                   "--lr_scheduler_type", "linear")
+               for kind in ("True", "False")]
+    assert results[0]["before"]["kl_ref_policy"] == 0
+    assert results[0]["after"]["loss"] == pytest.approx(results[1]["after"]["loss"], abs=0.02)
+    assert results[0]["after"]["loss"] != pytest.approx(results[1]["after"]["loss"], abs=1e-6)
+    assert {p.dtype for p in transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "True", dtype="auto").parameters()} == {torch.float32}
 
 
-# ---------------------------------------------------------------- from text to tokens
-def items_of(rows, tmp_path, tokenizer=None, max_length=32):
-    return own_model.read(write(tmp_path / "rows.jsonl", rows), tokenizer or a_tokenizer(),
-                          len(WORDS), max_length)
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("a b", "a b <eos>"), ("a b <eos>", "a b <eos>"), ("a b <eos> <eos>", "a b <eos>"),
-    ("a <eos> b", "a <eos>"), ("<eos>", "<eos>")])
-@pytest.mark.parametrize("closing", [False, True])
-def test_a_completion_has_one_end_of_text_and_a_prompt_has_none_of_the_tokenizer_s(
-        tmp_path, text, expected, closing):
-    tokenizer = a_tokenizer(True, eos_token="<eos>", bos_token="<bos>") if closing else None
-    rows = [dict(prompt="c d", completion=text, label=True),
-            dict(prompt="c <eos>", completion=text, label=True)]
-    items, counts = items_of(rows, tmp_path, tokenizer)
-    assert [item["completions"] for item in items] == [[ids(expected)]] * 2
-    opening = "<bos> " if closing else ""
-    assert items[0]["prompt"] == tuple(ids(opening + "c d"))
-    assert items[1]["prompt"] == tuple(ids(opening + "c <eos>"))
-    assert not any(counts.values())
-
-
-def test_token_ids_are_taken_as_they_are(tmp_path):
-    rows = [dict(prompt=[5, 6], completion=[7, 1, 8], score=0.5),
-            dict(prompt=[1], chosen=[9], rejected=[1])]
-    items, _ = items_of(rows, tmp_path)
-    assert [(item["prompt"], item["completions"]) for item in items] == [
-        ((5, 6), [[7, 1, 8]]), ((1,), [[9], [1]])]
-
-
-def test_too_long_texts_are_cut_and_counted(tmp_path):
-    long = "a b c d e f g h"
-    rows = [dict(prompt=long, completion="i j", label=1),
-            dict(prompt="k", completion=long, label=0),
-            dict(prompt=long, chosen="i", rejected=long),
-            dict(prompt="k", completion="i", label=0)]
-    items, counts = items_of(rows, tmp_path, max_length=6)
-    assert [item["prompt"] for item in items] == [
-        tuple(ids(text)) for text in ("f g h", "k", "f g h", "k")]
-    assert [item["completions"] for item in items] == [
-        [ids("i j <eos>")], [ids("a b c d e")], [ids("i <eos>"), ids("a b c")], [ids("i <eos>")]]
-    assert (counts["prompts cut"], counts["completions cut"]) == (2, 2)
-
-
-def test_no_more_tokens_than_the_model_has_positions(folder, tmp_path):
-    """32 of them. More would be an error in the model."""
-    rows = [dict(prompt="a " * 40, completion="b " * 40, score=0.5) for _ in range(2)]
-    results = run(folder, rows, tmp_path / "out", "--max_steps", "1")
-    assert results["counts"]["prompts cut"] == results["counts"]["completions cut"] == 2
-
-
-def test_padding_is_on_the_right_and_the_masks_are_of_lengths(tmp_path):
-    """A completion may hold the id that pads."""
-    rows = [dict(prompt=[5], completion=[0, 6, 0], label=1),
-            dict(prompt=[5, 6, 7], chosen=[8], rejected=[9, 9])]
-    items, _ = items_of(rows, tmp_path)
-    batch = own_model.collate(items)
-    assert batch["input_ids"].tolist() == [[5, 0, 6, 0, 0], [5, 6, 7, 8, 0], [5, 6, 7, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert batch["response_mask"].int().tolist() == [
-        [0, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-
-
-def test_chat_messages_go_through_the_template(tmp_path):
-    prompt = [dict(role="user", content="a b"), dict(role="assistant", content="c"),
-              dict(role="user", content="d")]
-    answer = [dict(role="assistant", content="good")]
-    items, _ = items_of([dict(prompt=prompt, completion=answer, label=True)], tmp_path)
-    assert items[0]["prompt"] == tuple(ids(
-        "user : a b <eos> assistant : c <eos> user : d <eos> assistant :"))
-    assert items[0]["completions"] == [ids("good <eos>")]        # not the template's and one more
-
-
-def test_a_pair_of_identical_completions_is_dropped_and_counted(tmp_path):
-    rows = [dict(prompt="a", chosen="b", rejected="b <eos>"), dict(prompt="a", chosen="b",
-            rejected="c"), dict(prompt="a", chosen="b b b c", rejected="b b b d")]
-    items, counts = items_of(rows, tmp_path, max_length=4)
-    assert [item["completions"] for item in items] == [[ids("b <eos>"), ids("c <eos>")]]
-    assert counts["pairs dropped: identical completions"] == 2
-
-
-def test_labels_are_true_false_1_and_0_and_other_fields_do_not_matter(tmp_path):
-    rows = [dict(prompt="a", completion="b", label=label, score=None, score_chosen=3)
-            for label in (True, False, 1, 0)]
-    items, _ = items_of(rows, tmp_path)
-    assert [item["given"] for item in items] == [1, 0, 1, 0]
-    assert {item["kind"] for item in items} == {own_model.LABEL}
-
-
-# ---------------------------------------------------------------- offsets and held-out prompts
-def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompt_s_logits(
-        folder, tmp_path, capsys):
-    beta, scores = 0.5, [0.2, 0.9, 1.0]
-    rows = [dict(prompt="a b", completion=word, score=score)
-            for word, score in zip("cde", scores)]
-    rows += [dict(prompt="a b", completion="f", label=True), dict(prompt="c", completion="d",
-             score=0.3), dict(prompt="d", completion="e", label=False)]
-    rows += [dict(prompt="e", completion=word, score=0.5) for word in "abcdefgh"]
-    rows += [dict(prompt="a b", chosen="g", rejected="h")]
-    rewards = [math.log(s / (1 - s)) for s in (0.2, 0.9, 1 - 1e-4)]
-    offset = beta * math.log(sum(math.exp(r / beta) for r in rewards) / 3)
-    items, counts = items_of(rows, tmp_path)
-    own_model.estimate_offsets(items, beta, counts)
-    expected = {"a b": offset, "c": 0.0, "d": 0.0, "e": 0.0}
-    assert [item["offset"] for item in items] == pytest.approx(
-        [expected[row["prompt"]] for row in rows])
-    said = {name: n for name, n in counts.items() if n}
-    assert said == {
-        "prompts whose f(x) + c is estimated, as if the model itself wrote what is scored": 1,
-        "prompts whose f(x) + c is a guess: WARNING, there are fewer than 8 scores": 1,
-        "prompts whose f(x) + c is 0: there are fewer than 2 scores": 2,
-        "scores taken for 0.0001 or 0.9999, since 0 and 1 have no logit": 1}
-    out = tmp_path / "out"
-    results = run(folder, rows, out, "--offset", "estimated", "--beta", "0.5", "--max_steps", "1")
-    assert results["counts"] | said == results["counts"]
-    printed = capsys.readouterr().out.splitlines()
-    assert all(f"{number} {name}" in printed for name, number in said.items())
-
-
-def test_before_training_the_implicit_reward_is_the_estimated_offset(folder, tmp_path):
-    rows = [dict(prompt=x, completion=y, score=score) for x, scores in
-            (("a", (0.2, 0.9)), ("b", (0.3, 0.4))) for y, score in zip("cd", scores)]
-    rows += [dict(prompt=x, completion="e", label=True) for x in "ab"]
-    items, _ = items_of(rows, tmp_path)
-    held = own_model.split(items, 0.5)[1]
-    scores = [item["given"] for item in held if item["kind"] == own_model.SCORE]
-    odds = sum((s / (1 - s)) ** 2 for s in scores) / 2           # beta = 0.5: e^{r/beta}
-    offset = 0.5 * math.log(odds)
-    before = run(folder, rows, tmp_path / "out", "--offset", "estimated", "--beta", "0.5",
-                 "--heldout", "0.5", "--max_steps", "1")["before"]
-    s = 1 / (1 + math.exp(-offset))
-    assert before["reward_chosen"] == pytest.approx(offset, rel=1e-6)
-    assert before["loss_score"] == pytest.approx(sum((s - said) ** 2 for said in scores) / 2)
-    assert before["kl_ref_policy"] == 0
-
-
-def test_held_out_prompts_are_not_in_the_training_part_and_do_not_depend_on_the_order(tmp_path):
-    rows = feedback(60, prompts=20)
-    items, _ = items_of(rows, tmp_path)
-    train, held = own_model.split(items, 0.25)
-    prompts = [{item["prompt"] for item in side} for side in (train, held)]
-    assert not prompts[0] & prompts[1] and list(map(len, prompts)) == [15, 5]
-    assert len(train) == 45 and len(held) == 15
-    random.Random(1).shuffle(rows)
-    again, _ = items_of(rows, tmp_path)
-    assert {item["prompt"] for item in own_model.split(again, 0.25)[1]} == prompts[1]
-    assert own_model.split(items, 0)[1] == []
-    assert [len({item["prompt"] for item in side}) for side in own_model.split(items, 1e-3)] == [
-        19, 1]
-
-
-# ---------------------------------------------------------------- what is saved
 def test_lora_is_added_up_before_saving(folder, tmp_path, monkeypatch):
-    wrap, trained = own_model.peft.get_peft_model, []
-    monkeypatch.setattr(own_model.peft, "get_peft_model",
-                        lambda *a, **k: trained.append(wrap(*a, **k)) or trained[-1])
-    tokens, before_merge = torch.tensor([[5, 6, 7, 8, 9]]), []
+    tokens, trained = torch.tensor([[5, 6, 7, 8, 9]]), []
     merge = own_model.peft.LoraModel.merge_and_unload
 
-    def look_and_merge(self, *arguments, **options):
+    def look_and_merge(self):
         with torch.no_grad():
-            before_merge.append(trained[0](input_ids=tokens).logits)
-        return merge(self, *arguments, **options)
+            trained.append(self(input_ids=tokens).logits)
+        return merge(self)
 
     monkeypatch.setattr(own_model.peft.LoraModel, "merge_and_unload", look_and_merge)
     results = run(folder, feedback(12), tmp_path / "out", "--lora", "2", "--max_steps", "8",
-                  "--heldout", "0.3")
+                  "--heldout", "0.3", "--activation_checkpointing", "True")
     assert results["before"]["kl_ref_policy"] == 0 != results["after"]["kl_ref_policy"]
     with torch.no_grad():
-        saved = loaded(tmp_path / "out")(tokens).logits
-        start = loaded(folder)(tokens).logits
-    torch.testing.assert_close(saved.float(), before_merge[0], rtol=1e-5, atol=1e-5)
-    assert (saved - start).abs().max() > 0.01
+        merged, start = (loaded(path)(tokens).logits for path in (tmp_path / "out", folder))
+    torch.testing.assert_close(merged.float(), trained[0], rtol=1e-5, atol=1e-5)
+    assert (merged - start).abs().max() > 0.01
     old, new = weights(folder), weights(tmp_path / "out")
-    moved = {name: new[name] - old[name] for name in old if not torch.equal(old[name], new[name])}
-    assert moved and all(torch.linalg.matrix_rank(move, atol=1e-6) <= 2 for move in moved.values())
-    assert not list((tmp_path / "out").glob("adapter*"))
+    moves = [new[name] - old[name] for name in old if not torch.equal(old[name], new[name])]
+    assert moves and all(torch.linalg.matrix_rank(move, atol=1e-6) <= 2 for move in moves)
 
 
-def test_what_is_saved_loads_with_its_tokenizer_and_results_say_what_was_done(folder, tmp_path):
-    results = run(folder, feedback(12), tmp_path / "out", "--max_steps", "2", "--beta", "0.3")
-    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert saved.encode("a good") == ids("a good")
-    assert results["settings"] == dict(
-        model=folder, data=str(tmp_path / "out.jsonl"), beta=0.3, offset="zero", g="mse",
-        heldout=0.1, lora=0, max_length=1024)
-    assert results["items"] == dict(train=11, held=1)
-    assert results["before"].keys() <= results["after"].keys()
-    assert not list((tmp_path / "out").glob("*.part"))
+# ---------------------------------------------------------------- from text to batches
+def test_texts_messages_and_ids_become_tokens_with_one_end_of_text(tmp_path):
+    closing = a_tokenizer(closing=True, eos_token="<eos>", bos_token="<bos>")
+    chat = [dict(role="user", content="a"), dict(role="assistant", content="b"),
+            dict(role="user", content="c")]
+    asked = "user : a <eos> assistant : b <eos> user : c <eos> assistant :"
+    answer = [dict(role="assistant", content="good")]
+    for tokenizer, prompt, completion, first, second in [
+            (None, "c d", "a b", "c d", "a b <eos>"),
+            (None, "c <eos>", "a <eos> b", "c <eos>", "a <eos>"),
+            (closing, "c d", "a b <eos> <eos>", "<bos> c d", "a b <eos>"),
+            (closing, "c <eos>", "<eos>", "<bos> c <eos>", "<eos>"),
+            (None, ids("a"), ids("b <eos> c"), "a", "b <eos> c"),
+            (None, chat, answer, asked, "good <eos>"),
+            (closing, chat, answer, asked, "good <eos>")]:
+        rows = [dict(prompt=prompt, completion=completion, label=label, score=None, judge=3)
+                for label in (True, False, 1, 0)]
+        items, counts = items_of(rows, tmp_path, tokenizer)
+        assert [item["given"] for item in items] == [1, 0, 1, 0] and not any(counts.values())
+        for item in items:
+            assert item["prompt"] == tuple(ids(first)) and item["completions"] == [ids(second)]
 
 
-# ---------------------------------------------------------------- bad input
-GOOD = b'{"prompt": "a", "completion": "b", "label": true}\n'
-BAD = {
-    "no JSON": (b"{prompt: a}", "line 2.*b'{prompt: a}"),
-    "half a line": (GOOD[:20], 'line 2.*"prompt": "a", "com'),
-    "an empty line": (b"", "line 2"),
-    "no object": (b"[1, 2]", r"line 2.*fields.*\[1, 2\]"),
-    "no prompt": (b'{"completion": "b", "label": true}', 'line 2.*fields.*"completion"'),
-    "no completion": (b'{"prompt": "a", "label": true}', "line 2.*fields"),
-    "only half a pair": (b'{"prompt": "a", "chosen": "b"}', "line 2.*fields"),
-    "nothing said": (b'{"prompt": "a", "completion": "b"}', "line 2.*fields"),
-    "an empty label": (b'{"prompt": "a", "completion": "b", "label": null}', "line 2.*fields"),
-    "label and score": (b'{"prompt": "a", "completion": "b", "label": 1, "score": 1}',
-                        "line 2.*fields"),
-    "pair and completion": (b'{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}',
-                            "line 2.*fields"),
-    "label -1": (b'{"prompt": "a", "completion": "b", "label": -1}', "line 2: label -1 is not"),
-    "label 0.3": (b'{"prompt": "a", "completion": "b", "label": 0.3}', "line 2: label 0.3"),
-    "label text": (b'{"prompt": "a", "completion": "b", "label": "1"}', "line 2: label '1'"),
-    "label NaN": (b'{"prompt": "a", "completion": "b", "label": NaN}', "line 2: label nan"),
-    "score 1.5": (b'{"prompt": "a", "completion": "b", "score": 1.5}', "line 2: score 1.5 is not"),
-    "score -0.1": (b'{"prompt": "a", "completion": "b", "score": -0.1}', "line 2: score -0.1"),
-    "score NaN": (b'{"prompt": "a", "completion": "b", "score": NaN}', "line 2: score nan"),
-    "score Infinity": (b'{"prompt": "a", "completion": "b", "score": Infinity}', "score inf"),
-    "score text": (b'{"prompt": "a", "completion": "b", "score": "0.5"}', "line 2: score '0.5'"),
-    "score true": (b'{"prompt": "a", "completion": "b", "score": true}', "line 2: score True"),
-    "empty completion": (b'{"prompt": "a", "completion": "", "score": 1}', "line 2: an empty"),
-    "empty ids": (b'{"prompt": [5], "completion": [], "score": 1}', "line 2: an empty"),
-    "empty message": (b'{"prompt": [{"role": "user", "content": "a"}], "completion": '
-                      b'[{"role": "assistant", "content": ""}], "score": 1}', "line 2: an empty"),
-    "empty rejected": (b'{"prompt": "a", "chosen": "b", "rejected": ""}', "line 2: an empty"),
-    "empty prompt": (b'{"prompt": "", "completion": "b", "score": 1}', "line 2: a prompt without"),
-    "no ids": (b'{"prompt": [5], "completion": [6.5], "score": 1}', "line 2: .*not both strings"),
-    "unknown id": (b'{"prompt": [5], "completion": [99], "score": 1}', "line 2: .*not below 19"),
-    "negative id": (b'{"prompt": [-1], "completion": [9], "score": 1}', "line 2: .*not below 19"),
-    "text and ids": (b'{"prompt": "a", "completion": [6], "score": 1}', "line 2: .*not both"),
-    "a number": (b'{"prompt": "a", "completion": 6, "score": 1}', "line 2: .*not both"),
-    "two messages": (b'{"prompt": [{"role": "user", "content": "a"}], "completion": '
-                     b'[{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], '
-                     b'"score": 1}', "line 2: .*not both"),
-    "no character": (b'{"prompt": "a", "completion": "\\ud800", "score": 1}', "line 2"),
-    "latin-1": ('{"prompt": "ä", "completion": "b", "score": 1}'.encode("latin-1"),
-                r"line 2: .*utf-8.*xe4"),
-}
+def test_what_is_too_long_is_cut_and_pairs_of_equal_completions_are_dropped(folder, tmp_path):
+    long = "a b c d e f g h"
+    rows = [dict(prompt=long, completion="i j", label=1),
+            dict(prompt="k", completion=long, score=0),
+            dict(prompt=long, chosen="i", rejected=long),
+            dict(prompt="k", chosen="a", rejected="a <eos>"),
+            dict(prompt="k", chosen=long + " good", rejected=long + " bad")]
+    items, counts = items_of(rows, tmp_path, max_length=6)
+    assert [(item["prompt"], item["completions"]) for item in items] == [
+        (tuple(ids("f g h")), [ids("i j <eos>")]), (tuple(ids("k")), [ids("a b c d e")]),
+        (tuple(ids("f g h")), [ids("i <eos>"), ids("a b c")])]
+    assert counts == {"prompts cut": 2, "completions cut": 4,
+                      "pairs dropped: identical completions": 2}
+    rows = [dict(prompt="a " * 40, completion="b " * 40, score=0.5)] * 2    # 32 positions
+    assert run(folder, rows, tmp_path / "out", "--max_steps", "1")["counts"]["prompts cut"] == 2
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fails where a model is loaded."""
-    def loaded(*_, **__):
-        raise AssertionError("a model was loaded")
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(folder, tmp_path):
+    rows = [dict(prompt="a b", completion=y, score=s) for y, s in zip("cde", (0.2, 0.9, 1.0))]
+    rows += [dict(prompt="a b", completion="f", label=True), dict(prompt="c", completion="d",
+             score=0.3), dict(prompt="a b", chosen="g", rejected="h")]
+    rows += [dict(prompt="e", completion=y, score=0.5) for y in "abcdefgh"]
+    odds = [(s / (1 - s)) ** 2 for s in (0.2, 0.9, 1 - 1e-4)]    # beta = 0.5: e^{r/beta}
+    expected = {"a b": 0.5 * math.log(sum(odds) / 3), "c": 0.0, "e": 0.0}
+    items, _ = items_of(rows, tmp_path)
+    counts = Counter()
+    own_model.estimate_offsets(items, 0.5, counts)
+    assert [item["offset"] for item in items] == pytest.approx(
+        [expected[row["prompt"]] for row in rows])
+    assert counts == {"prompts with fewer than 2 scores: f(x) + c is 0": 1,
+                      "prompts with fewer than 8 scores: f(x) + c is a guess": 1}
+    rows = [dict(row, prompt=x) for x in ("a b", "c") for row in rows[:4]]     # one is held out
+    results = run(folder, rows, tmp_path / "out", "--offset", "estimated", "--beta", "0.5",
+                  "--heldout", "0.5", "--max_steps", "1")
+    assert results["before"]["reward_chosen"] == pytest.approx(expected["a b"], rel=1e-6)
+    assert results["before"]["kl_ref_policy"] == 0
 
 
-def refused(capsys, *arguments):
-    """The one line with which main refuses these arguments."""
-    with pytest.raises(SystemExit) as end:
-        own_model.main([*arguments, "--use_cpu"])
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("own_model")]
-    assert end.value.code == 2 and len(err) == 1
-    return err[0]
+def test_held_out_prompts_are_not_trained_on_and_do_not_depend_on_the_order(tmp_path):
+    items, _ = items_of(feedback(60, prompts=20), tmp_path)
+    sides = own_model.split(items, 0.25)
+    prompts = [{item["prompt"] for item in side} for side in sides]
+    assert not prompts[0] & prompts[1] and list(map(len, prompts)) == [15, 5]
+    assert list(map(len, sides)) == [45, 15]
+    assert {item["prompt"] for item in own_model.split(items[::-1], 0.25)[1]} == prompts[1]
+    assert own_model.split(items, 0)[1] == [] and len(own_model.split(items, 1e-3)[1]) == 3
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_line_is_named_before_any_model_is_loaded(folder, tmp_path, capsys, no_model, name):
-    line, message = BAD[name]
-    data = tmp_path / "bad.jsonl"
-    data.write_bytes(GOOD + line + b"\n" + GOOD)
-    said = refused(capsys, "--model", folder, "--data", str(data), "--output_dir", str(tmp_path))
-    assert str(data) in said
-    assert re.search(message, said), said
+# ---------------------------------------------------------------- what cannot be trained
+def asked(**message):
+    return dict(prompt=[dict(role="user", content="a")], score=1,
+                completion=[dict(role="assistant", **message)])
 
 
-def test_other_bad_input_is_one_line_too(folder, tmp_path, capsys, no_model):
-    data, empty = tmp_path / "good.jsonl", tmp_path / "empty.jsonl"
-    data.write_bytes(GOOD)
-    empty.write_bytes(b"")
-    same = write(tmp_path / "same.jsonl", [dict(prompt="a", chosen="b", rejected="b")])
-    without, bare = tmp_path / "without", tmp_path / "bare"
-    a_model().save_pretrained(without)
-    a_tokenizer(unk_token="<unk>").save_pretrained(without)
-    a_model().save_pretrained(bare)
-    good = {"--model": folder, "--data": str(data), "--output_dir": str(tmp_path / "out")}
+BAD = [b"{prompt: a}", b'{"prompt": "a", "com', b"", b"[1, 2]", b'{"prompt": "\xe4"}', *(
+    json.dumps(row).encode() for row in [
+        dict(completion="b", label=True), dict(prompt="a", label=True),
+        dict(prompt="a", chosen="b"), dict(prompt="a", completion="b"),
+        dict(prompt="a", completion="b", label=None),
+        dict(prompt="a", completion="b", label=1, score=1),
+        dict(prompt="a", chosen="b", rejected="c", completion="d"),
+        *(dict(prompt="a", completion="b", label=label) for label in (-1, 0.3, "1", math.nan)),
+        *(dict(prompt="a", completion="b", score=score)
+          for score in (1.5, -0.1, math.nan, math.inf, "0.5", True)),
+        dict(prompt="a", completion="", score=1), dict(prompt="a", chosen="b", rejected=""),
+        dict(prompt=[5], completion=[], score=1), asked(content=""), asked(),
+        dict(prompt="", completion="b", score=1), dict(prompt=[5], completion=[6.5], score=1),
+        dict(prompt=[5], completion=[99], score=1), dict(prompt=[-1], completion=[9], score=1),
+        dict(prompt="a", completion=[6], score=1), dict(prompt="a", completion=6, score=1),
+        dict(asked(content="b"), prompt="a"), dict(asked(), completion=asked()["prompt"] * 2),
+        dict(prompt="a", completion="\ud800", score=1)])]
+
+
+def test_bad_lines_and_bad_templates_are_named(tmp_path, capsys):
+    def refused(line, tokenizer):
+        (tmp_path / "bad.jsonl").write_bytes(json.dumps(feedback(1)[0]).encode() + b"\n" + line)
+        with pytest.raises(SystemExit) as end:
+            own_model.read(tmp_path / "bad.jsonl", tokenizer, len(WORDS), 32)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.count("\n") == 1, line
+        assert f"bad.jsonl, line 2: {line[:60]}: " in said, line
+        return said
+    for line in BAD:
+        refused(line + b"\n", a_tokenizer())
+    tokenizer, line = a_tokenizer(), json.dumps(asked(content="b")).encode()
+    for template, message in [("{{ messages | length }}", "begins a prompt otherwise"),
+                              ("{{ raise_exception('must alternate') }}", "must alternate"),
+                              (None, "chat.template")]:
+        tokenizer.chat_template = template
+        assert re.search(message, refused(line, tokenizer))
+
+
+def test_other_bad_input_is_one_line_too(folder, tmp_path, capsys):
+    good, same = ({"prompt": "a", "chosen": "b", "rejected": y} for y in "cb")
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, initializer_range=1.0))
+    headless = a_model(transformers.GPT2Model, tie_word_embeddings=False)
+    flags = {"--model": folder, "--data": write(tmp_path / "good.jsonl", [good]),
+             "--output_dir": str(tmp_path / "out")}
     for changes, message in [
-            ({"--data": str(empty)}, "empty.jsonl: no feedback"),
-            ({"--data": same}, "same.jsonl: no feedback"),
+            ({"--data": write(tmp_path / "empty.jsonl", [])}, "empty.jsonl: no feedback"),
+            ({"--data": write(tmp_path / "same.jsonl", [same])}, "same.jsonl: no feedback"),
             ({"--data": "missing.jsonl"}, "No such file.*missing.jsonl"),
             ({"--model": str(tmp_path / "no")}, f"--model {tmp_path / 'no'}"),
-            ({"--model": str(without)}, "without: no tokenizer, or one without end-of-text"),
-            ({"--model": str(bare)}, "bare: no tokenizer, or one without end-of-text"),
+            ({"--model": saved(tmp_path / "bare", a_model())}, "bare: no tokenizer"),
+            ({"--model": saved(tmp_path / "open", a_model(), a_tokenizer(unk_token="<unk>"))},
+             "open: no tokenizer, or one without end-of-text"),
+            ({"--model": saved(tmp_path / "headless", headless, a_tokenizer())},
+             "no weights for lm_head.weight"),
+            ({"--model": saved(tmp_path / "bert", bert, a_tokenizer())}, "not causal"),
             ({"--offset": "learned"}, "--offset: invalid choice: 'learned'"),
-            ({"--g": "mae"}, "--g: invalid choice: 'mae'"),
             ({"--beta": "0"}, "--beta > 0"), ({"--beta": "nan"}, "--beta > 0"),
             ({"--heldout": "1"}, "--heldout < 1"), ({"--max_length": "1"}, "--max_length > 1"),
-            ({"--batch": "1"}, "--batch"), ({"--learning_rate": "fast"}, "--learning_rate.*fast"),
-            ({"--resume_from_checkpoint": "nowhere"}, "No such file.*nowhere")]:
-        arguments = [part for pair in (good | changes).items() for part in pair]
-        assert re.search(message, refused(capsys, *arguments)), message
+            ({"--learning_rate": "fast"}, "--learning_rate.*fast"), ({"--batch": "1"}, "--batch"),
+            *(({flag: "1"}, flag) for flag in (
+                "--dataloader_drop_last", "--bf16_full_eval", "--neftune_noise_alpha",
+                "--remove_unused_columns", "--batch_eval_metrics", "--fsdp", "--eval_steps")),
+            ({"--optim": "schedule_free_adamw"}, "--optim: invalid choice"),
+            ({"--report_to": "nobody"}, "nobody"),
+            ({"--resume_from_checkpoint": "nowhere"}, "nowhere: there is no checkpoint")]:
+        arguments = [part for pair in (flags | changes).items() for part in pair]
+        assert re.search(message, ends(capsys, 2, *arguments)), message
 
 
-def test_a_template_that_writes_the_prompt_otherwise_once_it_is_answered(
-        tmp_path):
-    tokenizer = a_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }} {{ messages[-1].content }}"
-    rows = [dict(prompt=[dict(role="user", content="a")], label=1,
-                 completion=[dict(role="assistant", content="b")])]
-    with pytest.raises(ValueError, match="line 1: the chat template"):
-        items_of(rows, tmp_path, tokenizer)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="line 1: roles must alternate"):
-        items_of(rows, tmp_path, tokenizer)
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="line 1: .*chat.template"):
-        items_of(rows, tmp_path, tokenizer)
+def test_a_run_that_diverges_says_so_and_saves_nothing(folder, tmp_path, capsys):
+    for logging_steps, what in ("1", "the loss is"), ("9", "not finite"):
+        out = tmp_path / logging_steps
+        said = ends(capsys, 1, "--model", folder, "--data", write(tmp_path / "rows", feedback(12)),
+                    "--output_dir", str(out), "--learning_rate", "1e30", "--heldout", "0",
+                    "--max_steps", "2", "--logging_steps", logging_steps)
+        assert what in said and "training diverged and has no results" in said
+        assert not (out / "results.json").exists() and not list(out.glob("*.safetensors"))
