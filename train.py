@@ -405,7 +405,7 @@ def run_method(settings, seed, name, shared):
     fresh, beta = method.feedback == "fresh", method.beta_multiple * settings.beta
     policy, batches, value, offsets = begin(method, settings, seed, shared)
     entry = dict(method=name, seed=seed, beta=settings.beta, method_beta=beta,
-                 learning_rate=method.learning_rate, reward_source=settings.reward)
+                 learning_rate=method.learning_rate)
     curve = [point(0, 0.0, exact.evaluate(world, world.ref_logprobs))]
 
     def look(step, seconds, loss):
@@ -424,6 +424,7 @@ def run_method(settings, seed, name, shared):
     curve.append(point(settings.steps, entry["seconds"], entry["train"], loss=entry["loss"]))
     if fresh:
         entry["state_bytes"] += frozen_bytes(shared)
+        entry["reward_source"] = settings.reward
     else:                                                        # apart: under DPO both may fall
         pairs = data.take(shared.feedback, shared.feedback.pairs[:1024].T.flatten())
         with torch.no_grad():

@@ -194,6 +194,6 @@ def draw_rewards(figure, dots, style):
         axes.set_title(name, fontsize=9)
     for axes in grid.flat[len(dots):]:
         axes.set_visible(False)
-    figure.supxlabel("explicit reward, the judge's, of what the reference says over 1 time in 1000")
+    figure.supxlabel("explicit reward, the judge's, of what the reference says over 1 time in 300")
     figure.supylabel("implicit reward (below -6: drawn at -6)")
     figure.suptitle("A policy is optimal where its dots lie on the diagonal")

@@ -1,6 +1,7 @@
 """What every long run needs: one line for a mistake, words on the terminal, files that are whole or
 not there, and runs side by side. Knows nothing of what is run."""
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,10 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells of a mistake in one line, with status 2."""
+    """Tells of a mistake in one line, with status 2. Takes no flag that is cut short."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, allow_abbrev=False, **more)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -41,18 +45,19 @@ def say(text, stream=None, end="\n"):
     """A line on stderr, or on another stream. What cannot be written is dropped: no run ends
     because a pipe or a terminal has gone."""
     stream = stream or sys.stderr
-    if stream is None:                                           # it was closed from the start
+    if stream is None or stream.closed:
         return
     try:
         over = "\r\033[K" if stream is sys.stderr and stream.isatty() else ""
         print(over + text, file=stream, end=end, flush=True)
-    except OSError:                                              # or Python would try once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):                       # or Python would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show(text):
     """What is going on: the last line of a terminal, over the one before. Nothing elsewhere."""
-    if sys.stderr and sys.stderr.isatty():
+    if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
         say(text[:shutil.get_terminal_size().columns - 1], end="")
 
 

@@ -13,42 +13,44 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)   # at these sizes a second thread costs more than it brings
 
 
+@pytest.fixture
+def language():
+    """The small language of toy.py, while the test runs."""
+    import toy
+    with toy.language():
+        yield
+
+
+@pytest.fixture
+def short(language, monkeypatch):
+    """A function that runs train.main(FLAGS + flags) in the small language: status, results.
+
+    Without pictures: they cost more than all the rest.
+    """
+    import toy
+    import train
+
+    def main(folder, flags=""):
+        monkeypatch.setattr(train.figures, "draw_all", lambda *_: None)
+        status = train.main([*toy.FLAGS, "--out", str(folder), *flags.split()])
+        return status, json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return main
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """All methods on seed 1, on four prompts: listing all responses to sixteen would take longer.
-
-    A namespace: folder, results, status, out, err.
-    """
-    import data
-    import short_train
+    """All methods on seed 1 in the small language: a namespace of folder, results, status, out,
+    err."""
+    import toy
     import train
 
     folder = tmp_path_factory.mktemp("tiny")
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TRAIN_PROMPTS", data.TRAIN_PROMPTS[:3])
-        patch.setattr(data, "HELDOUT_PROMPTS", data.HELDOUT_PROMPTS[:1])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = train.main([*short_train.FLAGS, "--jobs", "1", "--seed", "1",
-                                 "--out", str(folder)])
+    with toy.language(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = train.main([*toy.FLAGS, "--seed", "1", "--out", str(folder)])
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return SimpleNamespace(folder=folder, status=status, out=out.getvalue(), err=err.getvalue(),
-                           results=json.loads((folder / "results.json").read_text("utf-8")))
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """A function that runs train.main(FLAGS + flags) in this process, in short_train's language."""
-    import data
-    import short_train
-    import train
-
-    for name, value in short_train.LANGUAGE.items():
-        monkeypatch.setattr(data, name, value)
-
-    def main(folder, flags=""):
-        return train.main([*short_train.FLAGS, "--jobs", "1", "--out", str(folder),
-                           *flags.split()])
-    return main
+                           results=results)
 
 
 @pytest.fixture
