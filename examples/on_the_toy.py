@@ -1,135 +1,300 @@
-"""Three trainers on the toy, against its exact optimum: train.py, own_model.py and TRL's.
+"""The toy for other people's trainers, and what they make of it, against the exact optimum.
 
-    pip install -r requirements.txt -r examples/requirements.txt -r examples/requirements-trl.txt
-    python examples/on_the_toy.py DIR                half an hour on two cores; goes on if stopped
+    python examples/on_the_toy.py write DIR                          what train.py learns from
+    python examples/on_the_toy.py evaluate DIR FOLDER                what the policy in FOLDER lost
+    python examples/on_the_toy.py trl DIR --method dpo --out FOLDER  a policy by TRL's DPOTrainer
+    python examples/on_the_toy.py compare DIR                        three trainers, three seeds
 
-The same reference, feedback, number of responses a step, learning rate, beta and 400 steps. TRL has
-train.py's batches and schedule too; own_model.py has the Trainer's own: shuffled otherwise, and the
-rate's two ramps one after the other, where train.py multiplies them. Writes DIR/on_the_toy.json.
-Beside them dpo by train.py once more, from first weights that differ by 1e-7 of themselves.
+The last two need requirements-trl.txt. All but evaluate take train.py's flags too: --seed, --steps,
+--judged, --level, ... This is written:
+
+    DIR/reference      the reference and the tokenizer, for transformers' from_pretrained: a GPT-2
+    DIR/pairs.jsonl    {"prompt": ..., "chosen": ..., "rejected": ...}
+    DIR/binary.jsonl   {"prompt": ..., "completion": ..., "label": true or false}
+    DIR/scores.jsonl   {"prompt": ..., "completion": ..., "score": from 0 to 1}
+    DIR/mixed.jsonl    all three: of a third of the responses each, as una-mixed has them
+    DIR/toy.json       seed, judged, level and beta
+
+Prompts and completions are lists of token ids, to be taken as they are. A completion ends with
+end-of-text, or was cut off after its fourth word: then there is none, and none may be appended.
+Pairs of two identical responses are left out, as train.py leaves them out.
+A policy is any GPT-2 of the reference's shape. Lost is the README's: 0 % is the exact optimum,
+100 % the reference. To compare takes half an hour on two cores, and goes on if it was stopped.
 """
+import argparse
+import contextlib
 import copy
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # or TRL would report each run to the Hub
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
 from lab import exact, run
+from model import GPT, GPTConfig
 
-HERE = Path(__file__).resolve().parent
-SEEDS, STEPS, BATCH = (1, 2, 3), 400, 192
-# method of train.py: (its file of the export, own_model.py's flags)
-OWN = {"dpo": ("pairs", ""), "una-binary-bce": ("binary", "--g bce"), "una-score": ("scores", ""),
-       "una-score-offset": ("scores", "--offset estimated"), "una-mixed": ("mixed", "")}
+logging.disable_progress_bar()
+# Of GPT-2 model.GPT has one variant: with another GELU a policy would be measured as another.
+SHAPE = ("model_type vocab_size n_positions n_layer n_head n_embd n_inner activation_function "
+         "layer_norm_epsilon scale_attn_weights scale_attn_by_inverse_layer_idx "
+         "tie_word_embeddings").split()
+
+
+# ---------------------------------------------------------------- the model and its tokenizer
+def transposed(state):
+    """GPT's state_dict for transformers, and back: GPT-2 has four of a block's matrices so."""
+    names = "c_attn.weight", "c_proj.weight", "c_fc.weight"
+    return {name: part.T if name.endswith(names) else part for name, part in state.items()}
+
+
+def to_transformers(gpt):
+    """A model.GPT as a GPT2LMHeadModel with the same logits; copied."""
+    sizes = dict(vars(gpt.config))
+    hf = GPT2LMHeadModel(GPT2Config(
+        n_positions=sizes.pop("block_size"), **sizes, activation_function="gelu_new",
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        bos_token_id=data.EOT, eos_token_id=data.EOT, pad_token_id=data.EOT))
+    hf.transformer.load_state_dict(transposed(gpt.state_dict()))           # lm_head is tied to wte
+    return hf
+
+
+def from_transformers(hf):
+    """A GPT2LMHeadModel of the toy's options as a model.GPT with the same logits; copied."""
+    of = hf.config
+    gpt = GPT(GPTConfig(of.vocab_size, of.n_positions, of.n_layer, of.n_head, of.n_embd))
+    gpt.load_state_dict(transposed(hf.transformer.state_dict()))
+    return gpt.requires_grad_(False)
+
+
+def tokenizer():
+    """data.ENCODING for transformers. Any tokens that are decoded and encoded come back.
+
+    An unknown word is an error. Padding is end-of-text too: the model knows no other token.
+    """
+    words = {data.ENCODING.decode([token]): token for token in range(data.ENCODING.n_vocab)}
+    end = data.ENCODING.decode([data.EOT])
+    inner = Tokenizer(models.WordLevel(words))
+    # A model may write a mood, which has no space, behind a word: that is two words all the same.
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(data.WORDS)), "isolated")
+    inner.decoder = decoders.Fuse()                              # the spaces are in the words
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=end, eos_token=end,
+                                   pad_token=end, clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------- write
+def rows_of(feedback):
+    """{kind: its rows}: what data.Feedback says, as the objects of the JSONL files."""
+    x = feedback.tokens[:, :data.PROMPT_TOKENS].tolist()
+    y = [tokens[mask].tolist() for tokens, mask in zip(feedback.tokens, feedback.mask)]
+    pairs = [dict(prompt=x[chosen], chosen=y[chosen], rejected=y[rejected])
+             for chosen, rejected in feedback.pairs.tolist()]
+    binary = [dict(prompt=x[i], completion=y[i], label=label)
+              for i, label in enumerate(feedback.labels.bool().tolist())]
+    scores = [dict(prompt=x[i], completion=y[i], score=score)
+              for i, score in enumerate(feedback.scores.tolist())]
+    third = len(x) // 6 * 2                                      # as in data.stored_batches
+    in_first_third = int((feedback.pairs[:, 1] < third).sum())
+    mixed = pairs[:in_first_third] + binary[third:2 * third] + scores[2 * third:]
+    return dict(pairs=pairs, binary=binary, scores=scores, mixed=mixed)
+
+
+def write(folder, settings):
+    """Trains the reference of settings.seed, collects its feedback, and writes all into folder."""
+    reference = train.train_reference(settings, settings.seed)
+    to_transformers(reference).save_pretrained(folder / "reference")
+    tokenizer().save_pretrained(folder / "reference")
+    feedback = train.collect_feedback(settings, settings.seed, reference)
+    for kind, rows in rows_of(feedback).items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
+    names = "seed", "judged", "level", "beta"
+    run.write_json(folder / "toy.json", {name: getattr(settings, name) for name in names})
+
+
+def read(path):
+    """The object of a JSON file, or those of a JSONL file."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
+
+
+def evaluate(folder, policy_folder):
+    """{"train": figures, "heldout": figures} of a policy, as exact.evaluate has them."""
+    toy, folders = read(folder / "toy.json"), (folder / "reference", policy_folder)
+    (policy_folder / "config.json").stat()       # or transformers would look for it elsewhere
+    configs = [*map(AutoConfig.from_pretrained, folders)]
+    for name in SHAPE:
+        ours, theirs = (getattr(config, name, None) for config in configs)
+        if theirs != ours:
+            raise ValueError(f"{policy_folder}: {name} is {theirs}, the reference's is {ours}")
+    reference, policy = (from_transformers(GPT2LMHeadModel.from_pretrained(
+        path, dtype=torch.float32)) for path in folders)
+    worlds = ((split, exact.World(reference, prompts, toy["beta"], toy["level"])) for split, prompts
+              in (("train", data.TRAIN_PROMPTS), ("heldout", data.HELDOUT_PROMPTS)))
+    return {split: exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
+            for split, world in worlds}
+
+
+# ---------------------------------------------------------------- trl
+def trl_trainer(folder, method, out, settings, learning_rate=None, beta=None):
+    """TRL's trainer of a method, dpo or kto. All but the loss is as in train.py: the same batches
+    in the same order, Adam without weight decay, the gradient cut to norm 1, two ramps of the
+    learning rate, float32, no dropout; learning rate and the loss's beta too, if none are given.
+
+    KTO's z_0 is not quite train.py's. Both are the mean log pi/pi_ref of as many mismatched
+    responses as a batch has, and at least 0. TRL gives each prompt the response in front of it in
+    the batch, which answers the same prompt one time in twelve; train.py's always answer another.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+    toy, of, steps = read(folder / "toy.json"), train.METHODS[method], settings.steps
+    rows = read(folder / f"{of.feedback}.jsonl")
+    # Pairs of two identical responses are left out: so a batch has no more than batch / 2 pairs.
+    size = min(len(rows), max(1, round(settings.batch * len(rows) / toy["judged"])))
+    batches = data.shuffled(torch.arange(len(rows)), size,       # as in data.stored_batches
+                            torch.Generator().manual_seed(settings.seed))
+    words = PreTrainedTokenizerFast.from_pretrained(folder / "reference")
+    texts = [{name: words.decode(part) if isinstance(part, list) else part
+              for name, part in rows[i].items()}
+             for _, batch in zip(range(steps), batches) for i in batch.tolist()]
+    model = GPT2LMHeadModel.from_pretrained(folder / "reference", dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate or of.learning_rate,
+                                 betas=(0.9, 0.99), fused=True)
+    ramps = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (      # as train.descend's
+        min(1.0, (done + 1) / (0.05 * steps)) * (1 - done / steps)))
+    config, trainer = dict(dpo=(DPOConfig, DPOTrainer), kto=(KTOConfig, KTOTrainer))[method]
+    args = config(
+        output_dir=str(out), seed=settings.seed, beta=beta or of.beta_multiple * toy["beta"],
+        max_steps=steps, per_device_train_batch_size=size,
+        train_sampling_strategy="sequential",                    # they are shuffled already
+        # TRL takes texts, and appends end-of-text to those without it: to responses that were cut
+        # off. There it is one token too many, and is cut off again.
+        max_length=data.PROMPT_TOKENS + data.MAX_TOKENS,
+        precompute_ref_log_probs=True, max_grad_norm=1.0,
+        bf16=False, activation_checkpointing=False, use_cpu=True,  # TRL's defaults: the opposite
+        report_to="none", save_strategy="no")
+    return trainer(model=model, args=args, train_dataset=Dataset.from_list(texts),
+                   processing_class=words, optimizers=(optimizer, ramps))
+
+
+def train_by_trl(folder, method, out, *how):
+    trainer = trl_trainer(folder, method, out, *how)
+    trainer.train()
+    trainer.model.save_pretrained(out)
+
+
+# ---------------------------------------------------------------- compare
+# All settings are the same, but own_model.py has the Trainer's own batches and schedule: shuffled
+# otherwise, and the rate's two ramps one after the other, where train.py multiplies them.
 TRL = ("dpo", "kto")
+OWN = {"dpo": [], "una-binary-bce": ["--g=bce"], "una-score": [],    # and flags of own_model.py
+       "una-score-estimated": ["--offset=estimated"], "una-mixed": []}
 
 
-def python(log, script, *arguments):
-    """Runs one of the project's scripts on one thread; what it says goes to the file log."""
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    with open(log, "w") as file:
-        subprocess.run(command, stdout=file, stderr=file, check=True,
-                       env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"))
+def train_by_own_model(folder, method, out, settings):
+    import own_model
+
+    toy, of = read(folder / "toy.json"), train.METHODS[method]
+    path = folder / f"{of.feedback}.jsonl"
+    flags = dict(
+        model=folder / "reference", data=path, output_dir=out, heldout=0, seed=settings.seed,
+        beta=of.beta_multiple * toy["beta"], learning_rate=of.learning_rate, adam_beta2=0.99,
+        per_device_train_batch_size=round(settings.batch * len(read(path)) / toy["judged"]),
+        per_device_eval_batch_size=1024, max_steps=settings.steps, lr_scheduler_type="linear",
+        warmup_steps=settings.steps // 20, save_strategy="no", use_cpu=True, report_to="none")
+    own_model.main([*OWN[method], *(f"--{name}={value}" for name, value in flags.items())])
 
 
-def export(folder, seed):
-    if not (folder / "toy.json").exists():
-        python(folder.with_suffix(".log"), "toy_as_transformers.py", folder, "--seed", seed)
+def runs_by(by, method, folder, settings):
+    """[(by, method, figures)] of a run of own_model.py or TRL; what they say is in a file. Of
+    train.py all runs of a seed: they share its reference and feedback."""
+    if by == "train.py":
+        return runs_by_train_py(settings)
+    out = folder / f"{by}-{method}"
+    with (open(f"{out}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
+        (train_by_trl if by == "TRL" else train_by_own_model)(folder, method, out, settings)
+        return [(by, method, evaluate(folder, out)["train"])]
 
 
-def ours(folder, seed):
-    """train.py's runs: [{seed, by, method, lost, kl}]."""
-    out = folder / "train"
-    methods = [*OWN, *(name for name in TRL if name not in OWN)]
-    python(folder / "train.log", "../train.py", "--seed", seed, "--methods", ",".join(methods),
-           "--device", "cpu", "--jobs", 1, "--out", out)
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    start = results["reference"][0]["train"]["regret"]
-    return [dict(seed=seed, by="train.py", method=entry["method"], kl=entry["train"]["kl"],
-                 lost=entry["train"]["regret"] / start) for entry in results["runs"]]
+def runs_by_train_py(settings):
+    """Beside each method's run those of dpo from first weights that differ by 1e-7 of themselves:
+    how far does rounding carry?"""
+    shared, *_ = train.prepare(settings, settings.seed)
+    runs = [("train.py", method, shared) for method in settings.methods]
+    for number in (1, 2, 3):
+        noisy, generator = copy.copy(shared), torch.Generator().manual_seed(number)
+        noisy.reference = copy.deepcopy(shared.reference)
+        for part in noisy.reference.parameters():
+            part *= 1 + 1e-7 * torch.randn(part.shape, generator=generator)
+        runs.append(("train.py, noise", "dpo", noisy))
+    return [(by, method, train.run_method(settings, settings.seed, method, on)["train"])
+            for by, method, on in runs]
 
 
-def policy_by(by, method, folder, seed):
-    """own_model.py's run of a method, or TRL's: a list as above."""
-    row, out = train.METHODS[method], folder / f"{by}-{method}"
-    log, beta = f"{out}.log", row.beta * train.Settings().beta
-    if by == "TRL":
-        python(log, "trl_on_toy.py", folder, "--method", method, "--learning_rate",
-               row.learning_rate, "--beta", beta, "--steps", STEPS, "--batch", BATCH, "--seed",
-               seed, "--out", out)
-    else:
-        kind, flags = OWN[method]
-        rows = (folder / f"{kind}.jsonl").read_text(encoding="utf-8").count("\n")
-        python(log, "own_model.py", "--model", folder / "reference", "--data",
-               folder / f"{kind}.jsonl", "--beta", beta, *flags.split(), "--heldout", 0,
-               "--learning_rate", row.learning_rate, "--adam_beta2", 0.99, "--max_steps", STEPS,
-               "--per_device_train_batch_size", round(BATCH * rows / train.Settings().judged),
-               "--warmup_steps", STEPS // 20, "--lr_scheduler_type", "linear", "--seed", seed,
-               "--per_device_eval_batch_size", 1024, "--save_strategy", "no", "--use_cpu", "True",
-               "--report_to", "none", "--output_dir", out)
-    told = subprocess.run(
-        [sys.executable, str(HERE / "toy_as_transformers.py"), str(folder), "--evaluate", str(out),
-         "--json"], stdout=subprocess.PIPE, text=True, check=True)
-    reached = json.loads(told.stdout)["train"]
-    return [dict(seed=seed, by=by, method=method, kl=reached["kl"], lost=reached["lost"])]
+def compare(folder, settings):
+    """Writes on_the_toy.json, anew after each run. What it has already is not run again."""
+    path = folder / "on_the_toy.json"
+    told = read(path) if path.exists() else dict(versions=run.versions(), runs=[])
+    done = [(row["by"], row["method"], row["seed"]) for row in told["runs"]]
+    toys = [(write, folder / f"seed-{seed}", argparse.Namespace(**vars(settings) | dict(seed=seed)))
+            for seed in range(settings.seed, settings.seed + settings.seeds)]
+    for (_, toy, _), _ in run.side_by_side(
+            [call for call in toys if not (call[1] / "toy.json").exists()], settings.jobs):
+        run.say(f"{toy}: written")
+    calls = [(runs_by, by, method, toy, of)
+             for by, methods in (("train.py", ["dpo"]), ("TRL", TRL), ("own_model.py", OWN))
+             for method in methods for _, toy, of in toys if (by, method, of.seed) not in done]
+    for (*_, of), ended in run.side_by_side(calls, settings.jobs):
+        told["runs"] += [dict(seed=of.seed, by=by, method=method, **{
+            name: reached[name] for name in ("kl", "lost")}) for by, method, reached in ended]
+        told["runs"].sort(key=lambda row: (row["by"], row["seed"], row["method"]))
+        run.write_json(path, told)
+        run.say(f"{path}: {len(told['runs'])} runs")
 
 
-def noisy(seed, runs=3):
-    """How far does rounding carry? Runs of dpo as ours has it, from weights with noise of 1e-7."""
-    settings, method = train.Settings(device="cpu", out=""), train.METHODS["dpo"]
-    reference = train.train_reference(settings, seed)
-    shared = SimpleNamespace(reference=reference, feedback=train.collect_feedback(
-        settings, seed, reference))
-    world = exact.World(reference, data.TRAIN_PROMPTS, settings.beta)
-    start, entries = exact.evaluate(world, world.ref_logprobs)["regret"], []
-    for number in range(1, 1 + runs):
-        generator = torch.Generator().manual_seed(number)
-        policy = copy.deepcopy(reference).requires_grad_(True)
-        with torch.no_grad():
-            for part in policy.parameters():
-                part *= 1 + 1e-7 * torch.randn(part.shape, generator=generator)
-        batches = train.batches_for(method, policy, None, shared, settings, seed)
-        train.align(method, policy, batches, method.beta * settings.beta, STEPS)
-        reached = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
-        entries.append(dict(seed=seed, by="train.py, noise", method="dpo",
-                            lost=reached["regret"] / start))
-    return entries
-
-
-def main(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    folders = {seed: folder / f"seed-{seed}" for seed in SEEDS}
-    jobs = [("ours", seed, partial(ours, folders[seed], seed)) for seed in SEEDS]
-    jobs += [(f"{by}-{method}", seed, partial(policy_by, by, method, folders[seed], seed))
-             for by, methods in (("TRL", TRL), ("own_model.py", OWN))
-             for seed in SEEDS for method in methods]
-    jobs += [("noisy", seed, partial(noisy, seed)) for seed in SEEDS]
-    torch.set_num_threads(1)
-
-    def result(job):
-        name, seed, work = job
-        path = folder / f"{name}-{seed}.json"
-        if not path.exists():
-            run.write_json(path, work())
-            run.say(f"{path}: done")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    with ThreadPoolExecutor(run.cores()) as pool:
-        list(pool.map(lambda seed: export(folders[seed], seed), SEEDS))
-        runs = [entry for entries in pool.map(result, jobs) for entry in entries]
-    run.write_json(folder / "on_the_toy.json", dict(versions=run.versions(), runs=runs))
+# ---------------------------------------------------------------- the commands
+def main(arguments=None):
+    parser = run.Parser("on_the_toy.py", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("write", "evaluate", "trl", "compare"):
+        commands.add_parser(name).add_argument("folder", metavar="DIR", type=Path)
+    commands.choices["evaluate"].add_argument("policy", metavar="FOLDER", type=Path)
+    trl = commands.choices["trl"]
+    trl.add_argument("--method", choices=TRL, required=True)
+    trl.add_argument("--out", metavar="FOLDER", type=Path, required=True)
+    for name in ("--learning_rate", "--beta"):
+        trl.add_argument(name, type=float, help="[as in train.py's METHODS]")
+    args, flags = parser.parse_known_args(arguments)
+    seeds = ["--seed", "1", "--seeds", "3"] if args.command == "compare" else []
+    settings = train.parse([*seeds, *flags, "--methods", ",".join([*OWN, "kto"]),
+                            "--device", "cpu", "--out", ""])
+    torch.set_num_threads(1)                                     # as in train.py: the same figures
+    try:
+        if args.command == "write":
+            write(args.folder, settings)
+        elif args.command == "evaluate":
+            lines = ["            reward       KL        J      lost"] + [
+                "{:<9}{reward:9.3f}{kl:z9.3f}{objective:9.3f}{lost:z10.2%}".format(split, **of)
+                for split, of in evaluate(args.folder, args.policy).items()]
+            print("\n".join(lines))
+        elif args.command == "trl":
+            how = settings, args.learning_rate, args.beta
+            train_by_trl(args.folder, args.method, args.out, *how)
+        else:
+            compare(args.folder, settings)
+    except (OSError, ValueError, FloatingPointError) as error:
+        parser.error(str(error).splitlines()[0])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main()

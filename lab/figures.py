@@ -1,4 +1,4 @@
-"""Tables and pictures, from results.json. Knows no training.
+"""What train.py prints and draws, and the pictures of lab/README.md. Knows no training.
 
 Lost is the share of the possible gain J* - J(pi_ref) that a run ends without: 0 is the exact
 optimum, 1 the reference, more is worse than no training.
@@ -9,14 +9,16 @@ import os
 import numpy as np
 
 os.environ["MPLBACKEND"] = "agg"     # pictures go to files: no variable can ask for another screen
+from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+import data  # noqa: E402
 from lab.run import save  # noqa: E402
 
 
 # ---------------------------------------------------------------- text
 def lost(run):
-    """On the training prompts; infinite if the run left the numbers."""
+    """By the judge, on the training prompts; infinite if the run left the numbers."""
     return math.inf if "diverged" in run else run["train"]["lost"]
 
 
@@ -91,109 +93,225 @@ def report(results):
 
 
 # ---------------------------------------------------------------- pictures
-def picture(path, draw, *shown, **words):
+PICTURES = ("frontier.png", "regret-over-time.png", "implicit-against-explicit.png")
+# Okabe and Ito's, which the color-blind can tell apart; methods beyond have other markers too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOOKS = [dict(color=color, marker=marker) for color, marker in zip(COLORS * 5, "os^Dv" * 7)]
+GOALS = (0.5, 0.9, 0.99)                                         # shares of the possible gain
+
+
+def picture(folder, name, draw, *shown, **words):
     """draw(figure, *shown), in a file."""
     figure = Figure(layout="constrained", **words)
     draw(figure, *shown)
-    save(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    save(os.path.join(folder, name), lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
-# Okabe and Ito's, which the color-blind can tell apart; methods beyond have other markers too.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^Dv"
+def label(axes, title, size=10, **words):
+    axes.set_title(title, fontsize=size)
+    axes.set(**words)
 
 
-def styles(results):
-    """A color and a marker for each method, by its place among the runs."""
-    names = dict.fromkeys(run["method"] for run in results["runs"])
-    return {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
-            for i, name in enumerate(names)}
+def by_method(results):
+    """[(name, its look, its runs that ended in numbers)]."""
+    named = dict.fromkeys(run["method"] for run in results["runs"])
+    return [(name, look, [run for run in results["runs"] if run["method"] == name
+                          and "diverged" not in run]) for name, look in zip(named, LOOKS)]
 
 
 def draw_all(results, folder):
-    """PICTURES, of the runs that ended in numbers."""
-    results = results | dict(runs=[run for run in results["runs"] if "diverged" not in run])
-    picture(os.path.join(folder, "frontier.png"), draw_frontier, results, figsize=(7, 5))
-    picture(os.path.join(folder, "regret-over-time.png"), draw_regret, results, figsize=(7, 4.5))
-    dots = {entry["method"]: entry["dots"]
-            for entry in (results["reference"][0], *results["runs"])
-            if entry["seed"] == results["reference"][0]["seed"]}
-    columns = min(5, len(dots))
-    picture(os.path.join(folder, "implicit-against-explicit.png"), draw_rewards, dots,
-            styles(results), figsize=(2.6 * columns, 2.7 * math.ceil(len(dots) / columns) + 0.4))
+    """PICTURES, from results.json."""
+    picture(folder, PICTURES[0], draw_frontier, results, figsize=(7, 5))
+    picture(folder, PICTURES[1], draw_regret, results, figsize=(7, 4.5))
+    first = results["reference"][0]
+    dots = [("reference", "grey", first["dots"])] + [
+        (name, look["color"], run["dots"]) for name, look, runs in by_method(results)
+        for run in runs if run["seed"] == first["seed"]]
+    size = math.ceil(len(dots) / 5), min(5, len(dots))           # lines, columns
+    picture(folder, PICTURES[2], draw_rewards, dots, size,
+            figsize=(2.6 * size[1], 2.7 * size[0] + 0.4))
 
 
 def draw_frontier(figure, results):
     """Reward against KL, under the first seed's frontier. Runs far to the right are only named."""
-    axes = figure.subplots()
-    best = results["optimum"][0]["train"]
-    widest = 1.5 * max(entry["train"]["kl"] for entry in results["optimum"])
+    axes, far = figure.subplots(), []
+
+    def points(entries):
+        return [(entry["train"]["kl"], entry["train"]["reward"]) for entry in entries]
+
+    (kl, reward), *_ = best = points(results["optimum"])
+    widest = 1.5 * max(kl for kl, _ in best)
     around = axes.inset_axes((0.52, 0.07, 0.46, 0.42))           # what is near to the optimum
-    around.set(xlim=(best["kl"] - 0.12, best["kl"] + 0.12),
-               ylim=(best["reward"] - 0.05, best["reward"] + 0.03))
+    around.set(xlim=(kl - 0.12, kl + 0.12), ylim=(reward - 0.05, reward + 0.03))
     around.tick_params(labelsize=7)
-    far = []
-    for name, (color, marker) in styles(results).items():
-        runs = [run["train"] for run in results["runs"] if run["method"] == name]
-        near = [(run["kl"], run["reward"]) for run in runs if run["kl"] <= widest]
+    for name, look, runs in by_method(results):
+        near = [point for point in points(runs) if point[0] <= widest]
         if len(near) < len(runs):
             far.append(f"{len(runs) - len(near)} of {name}")
-        style = dict(color=color, marker=marker, s=24)
+        look = dict(look, s=24)
         if name == "una-pair":                                   # a ring: dpo's dots lie in it
-            style = dict(s=110, facecolor="none", edgecolor=color, linewidth=1.5)
+            look = dict(s=110, facecolor="none", edgecolor=look["color"], linewidth=1.5)
         for part in (axes, around) if near else ():
-            part.scatter(*zip(*near), label=name, **style)
+            part.scatter(*zip(*near), label=name, **look)
     for part in (axes, around):
         part.plot(*zip(*results["optimum"][0]["frontier"]), color="black", zorder=0,
                   label="frontier: none is above")
-        part.scatter(*zip(*[(entry["train"]["kl"], entry["train"]["reward"])
-                            for entry in results["optimum"]]),
-                     marker="*", s=260, facecolor="none", edgecolor="black", label="optimum of J")
-    start = [entry["train"]["reward"] for entry in results["reference"]]
-    axes.scatter([0.0] * len(start), start, marker="x", color="black", label="reference")
+        part.scatter(*zip(*best), marker="*", s=260, facecolor="none", edgecolor="black",
+                     label="optimum of J")
+    axes.scatter(*zip(*points(results["reference"])), marker="x", color="black", label="reference")
     axes.indicate_inset_zoom(around)
-    title = "How much reward for how much KL: the nearer to the star, the better"
-    if far:
-        title += f"\n(too far to the right: {', '.join(far)})"
-    axes.set(xlabel="KL(policy || reference), nats", ylabel="mean reward, training prompts",
-             xlim=(-0.05, widest))
-    axes.set_title(title, fontsize=10)
+    label(axes, "How much reward for how much KL: the nearer to the star, the better" + (
+        f"\n(too far to the right: {', '.join(far)})" if far else ""), xlim=(-0.05, widest),
+          xlabel="KL(policy || reference), nats", ylabel="mean reward, training prompts")
     figure.legend(fontsize=8, loc="outside right")
 
 
 def draw_regret(figure, results):
-    """Regret against seconds of training, where there is a curve: seeds thin, their median thick.
-    """
+    """Regret against seconds, where there is a curve: seeds thin, their median thick."""
     axes = figure.subplots()
-    for method, (color, marker) in styles(results).items():
+    for name, look, runs in by_method(results):
         curves = [[(point["seconds"], max(point["regret"], 1e-6)) for point in run["curve"]]
-                  for run in results["runs"] if run["method"] == method and len(run["curve"]) > 2]
+                  for run in runs if len(run["curve"]) > 2]
         for curve in curves:
-            axes.plot(*zip(*curve), color=color, linewidth=0.7, alpha=0.6)
+            axes.plot(*zip(*curve), color=look["color"], linewidth=0.7, alpha=0.6)
         if curves:
-            median = np.median(np.array(curves), axis=0)
-            axes.plot(*median.T, color=color, marker=marker, linewidth=2.2, label=method)
+            axes.plot(*np.median(curves, axis=0).T, **look, linewidth=2.2, label=name)
     axes.set(yscale="log", xlabel="seconds of training", ylabel="regret: J* - J",
              title="How fast the distance to the exact optimum falls")
     if axes.lines:
         axes.legend()
 
 
-def draw_rewards(figure, dots, style):
-    """Implicit reward beta log pi/pi_ref + beta log Z(x) against the judge's, one panel a policy.
+# Implicit reward beta log pi/pi_ref + beta log Z(x) against the judge's: on the diagonal the two
+# agree, and the policy is optimal (Eq. 18).
+def diagonal(axes, title, **limits):
+    axes.plot([-4, 3], [-4, 3], color="black", linewidth=0.8)
+    label(axes, title, 9, **limits)
 
-    On the diagonal the two agree, and the policy is optimal (Eq. 18).
-    """
-    columns = min(5, len(dots))
-    grid = figure.subplots(math.ceil(len(dots) / columns), columns, sharex=True, sharey=True,
-                           squeeze=False)
-    for axes, (name, (explicit, implicit)) in zip(grid.flat, dots.items()):
-        axes.plot([-4, 3], [-4, 3], color="black", linewidth=0.8)
-        axes.scatter(explicit, np.maximum(implicit, -6), s=3, alpha=0.3,
-                     color=style.get(name, ("grey", ""))[0])
-        axes.set_title(name, fontsize=9)
-    for axes in grid.flat[len(dots):]:
+
+def draw_rewards(figure, dots, size):
+    """A panel for each policy; dots: [(name, color, (explicit, implicit))]."""
+    grid = figure.subplots(*size, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (name, color, (explicit, implicit)) in zip(grid, dots):
+        diagonal(axes, name)
+        axes.scatter(explicit, np.maximum(implicit, -6), s=3, alpha=0.3, color=color)
+    for axes in grid[len(dots):]:
         axes.set_visible(False)
     figure.supxlabel("explicit reward, the judge's, of what the reference says over 1 time in 300")
     figure.supylabel("implicit reward (below -6: drawn at -6)")
     figure.suptitle("A policy is optimal where its dots lie on the diagonal")
+
+
+# ---------------------------------------------------------------- the pictures of lab/README.md
+NEAR = dict(xlim=(-4.2, 3.2), ylim=(-4.7, 3.2))                  # what lies below is drawn at -4.5
+FILMED = ("una-score", "una-score-estimated", "una-online")
+MOVING = ("una-score-estimated", "dpo", "una-online")
+
+
+def draw_claims(results, folder):
+    """Of claims.json: results as train.py writes them, and films in "dots"."""
+    picture(folder, PICTURES[0], draw_frontier, results, figsize=(8.5, 5))
+    picture(folder, PICTURES[1], draw_regret, results, figsize=(8.5, 4.5))
+    films = {(film["method"], film["level"]): film_of(**film) for film in results["dots"]}
+    picture(folder, PICTURES[2], draw_films, films, figsize=(8.5, 5))
+    save(os.path.join(folder, "training.gif"), lambda partial: animate(films, partial))
+
+
+def film_of(explicit, frames, beta_log_z, prompt, steps_shown, **_):
+    """Arrays (N,): explicit, frames (a list of implicit), beta log Z(x), prompt. And the steps."""
+    explicit, prompt, *frames = (np.array([float(word) for word in text.split()])
+                                 for text in (explicit, prompt, *frames))
+    prompt = prompt.astype(int)
+    return explicit, frames, np.array(beta_log_z)[prompt], prompt, steps_shown
+
+
+def draw_films(figure, films):
+    """Above, at level 0, with beta log Z(x); below, at level 1, without it: nouns have colors."""
+    grid = figure.subplots(2, 4, sharex=True, sharey=True)
+    nouns = np.array([prompt.split()[1] for prompt in data.TRAIN_PROMPTS])
+    for level, row in enumerate(grid):
+        for axes, name, frame in zip(row, (FILMED[0], *FILMED), (0, -1, -1, -1)):
+            explicit, frames, offset, prompt, _ = films[name, level]
+            diagonal(axes, "before" if frame == 0 else name, **NEAR)
+            implicit = np.maximum(frames[frame] + (0 if level else offset), -4.5)
+            for color, noun in zip(COLORS, data.NOUNS if level else [None]):
+                its = slice(None) if noun is None else nouns[prompt] == noun
+                axes.scatter(explicit[its], implicit[its], s=3, color=color, label=noun)
+    grid[1, 0].legend(fontsize=7, loc="upper left", markerscale=3)
+    grid[0, 0].set_ylabel("β log π/π_ref + β log Z(x)", fontsize=9)
+    grid[1, 0].set_ylabel("β log π/π_ref alone", fontsize=9)
+    figure.supxlabel("the judge's reward", fontsize=9)
+    figure.suptitle(
+        "Optimal where the dots lie on the diagonal (above). Where nouns have levels of their own "
+        "(below),\nthe best policy has a band for each: f(x) folds them into one", fontsize=10)
+
+
+def animate(films, path):
+    """MOVING at level 0, as they train."""
+    films, figure = [films[name, 0] for name in MOVING], Figure((7.5, 3), layout="constrained")
+    panels, steps = figure.subplots(1, len(MOVING), sharey=True), films[0][-1]
+    marks = [axes.scatter(explicit, explicit, s=3, color=COLORS[0])
+             for axes, (explicit, *_) in zip(panels, films)]
+    for axes, name in zip(panels, MOVING):
+        diagonal(axes, name, **NEAR)
+    panels[0].set_ylabel("β log π/π_ref + β log Z(x)", fontsize=9)
+    figure.supxlabel("the judge's reward", fontsize=9)
+
+    def show(frame):
+        for mark, (explicit, frames, offset, *_) in zip(marks, films):
+            mark.set_offsets(np.stack([explicit, np.maximum(frames[frame] + offset, -4.5)], axis=1))
+        figure.suptitle(f"Implicit against explicit reward, step {steps[frame]}: "
+                        "optimal on the diagonal", fontsize=10)
+
+    order = [*range(len(steps)), *[len(steps) - 1] * 5]          # it rests at the end
+    FuncAnimation(figure, show, order).save(f"{path}.gif", PillowWriter(fps=3), dpi=80)
+    os.replace(f"{path}.gif", path)                              # the writer wants a name in .gif
+
+
+def draw_budget(learning, pairs, lines, gains, folder):
+    """Of budget.json: see lab/tables.py."""
+    picture(folder, "judgements.png", draw_judgements, learning, figsize=(8.5, 5))
+    picture(folder, "reward-model.png", draw_models, pairs, lines, gains, figsize=(8.5, 4))
+
+
+def medians(axes, x, lost, look, name, dash="-"):
+    """In percent; and the range of the seeds as a bar, where there are few."""
+    lost = [100 * np.array(values) for values in lost]
+    axes.plot(x, [np.median(values) for values in lost], dash, **look, label=name)
+    if len(lost) == 3:
+        axes.vlines(x, *([of(values) for values in lost] for of in (min, max)),
+                    color=look["color"], linewidth=0.8)
+
+
+def draw_judgements(figure, learning):
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(learning.items()):
+        dash = "--" if "learned" in name else "-" if name.endswith(("estimated", "fresh")) else ":"
+        judged, lost = zip(*points)
+        medians(axes, np.array(judged) * 1.03 ** (i - 4), lost, LOOKS[i], name, dash)
+    for goal in (0, *GOALS):
+        axes.axhline(100 - 100 * goal, color="grey" if goal else "black", linewidth=0.7, zorder=0)
+        axes.text(1.01, 100 - 100 * goal, f"{100 * goal:.0f} % gained" if goal else "the reference",
+                  transform=axes.get_yaxis_transform(), fontsize=7, va="center")
+    label(axes, "One learned number a prompt is worth more than 64 times the scores\n"
+                "(f(x) + c: dotted 0, solid estimated or free, dashed learned; level 1)",
+          xscale="log", yscale="log", xlabel="judged responses", ylim=(0.02, 2000),
+          ylabel="lost: percent of the possible gain")
+    figure.legend(fontsize=8, loc="outside right")
+
+
+def draw_models(figure, pairs, lines, gains):
+    """Lost by the judge, against pairs; and reward gained by the model and by the judge."""
+    left, right = figure.subplots(1, 2)
+    for i, (name, lost) in enumerate(lines.items()):
+        medians(left, np.array(pairs) * 1.04 ** (i - 1.5), lost, LOOKS[i], name)
+    label(left, "The detour over a reward model", xscale="log", yscale="log", ylim=(1, None),
+          xlabel="judged pairs", ylabel="lost by the judge: percent of the possible gain")
+    left.legend(fontsize=7, loc="lower left")
+    for number, look, (by_model, by_judge) in zip(pairs, LOOKS, gains):
+        right.scatter(by_judge, by_model, s=22, **look, label=f"{number:,} pairs")
+    ends = right.get_xlim()
+    right.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
+    label(right, "Its optimum: above the line, it is exploited",
+          xlabel="reward gained, by the judge", ylabel="reward gained, by the model")
+    right.legend(fontsize=8)

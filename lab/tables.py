@@ -1,410 +1,399 @@
-"""The tables of the claims' page, in Markdown, from claims.json. Knows no training."""
+"""The tables of lab/README.md and its pictures, from the JSON files beside it. Knows no training.
+
+    python -m lab tables
+"""
 import math
+from pathlib import Path
+from statistics import median
 
 from lab import figures
 from lab.compare import (
     ANSWERS,
+    MACHINES,
+    METHODS,
     VERDICTS,
-    ended,
+    at_most,
+    bad,
+    cell_text,
+    code,
+    edges,
     less,
     lost,
-    markdown,
-    median,
+    needed,
     number,
+    percent,
+    pick,
+    predicted,
+    ranged,
+    read,
+    reported,
     seconds,
-    seconds_to,
+    shares,
     sooner,
     span,
-    with_range,
 )
+from lab.run import save
 
-EXPECTED = ["expected", "found", ""]
-OWN = {"una-binary-offset": "learned", "una-score-offset": "estimated",
-       "una-reward-offset": "estimated"}
-# What each loss of stored feedback was given for f(x) + c: (words, method, offset, knobs).
-OFFSETS = {
-    "una-score, Eq. 13": (
-        ("0", "una-score", "zero"),
-        ("one constant, the mean of β log Z", "una-score", "constant"),
-        ("β log Z(x), exact", "una-score", "exact"),
-        ("β log Z(x), estimated: `una-score-offset`", "una-score-offset", "estimated"),
-        ("learned", "una-score", "learned"),
-        ("the mean residual", "una-score", "residual"),
-        ("the mean residual, held constant", "una-score", "held")),
-    "rewards, Eq. 7": (
-        ("0", "una-reward", "zero"),
-        ("one constant", "una-reward", "constant"),
-        ("exact", "una-reward", "exact"),
-        ("estimated: `una-reward-offset`", "una-reward-offset", "estimated"),
-        ("learned", "una-reward", "learned"),
-        ("the mean residual", "una-reward", "residual")),
-    "una-binary-bce, Eq. 12": (
-        ("0", "una-binary-bce", "zero"),
-        ("learned: `una-binary-offset`", "una-binary-offset", "learned"),
-        ("one constant", "una-binary-bce", "constant"),
-        ("exact", "una-binary-bce", "exact", dict(beta=0.25)),
-        ("exact, β × 1", "una-binary-bce", "exact", dict(beta=1)),
-        ("estimated, from the scores", "una-binary-bce", "estimated", dict(beta=0.25)),
-        ("estimated, β × 1", "una-binary-bce", "estimated", dict(beta=1))),
-    "others": (
-        ("una-binary-mse, Eq. 11: 0", "una-binary-mse", "zero"),
-        ("kto: −β z₀, which is 0 here", "kto", "zero"),
-        ("una-mixed: 0", "una-mixed", "zero"),
-        ("dpo: cancels", "dpo", "zero"),
-        ("una-online, Eq. 7 on fresh samples: free", "una-online", "zero")),
-}
+# The paper's averages on two leaderboards.
+PAPER = {"una-binary-mse": "28.88 / 63.12", "una-binary-bce": "28.93 / 63.06",
+         "una-score": "30.92 / 64.35", "kto": "28.56 / 62.74", "dpo": "28.53 / 62.26",
+         "una-online": "25.91 / 56.13", "ppo": "25.36 / 55.68", "hours": "3.5 h against 8 h: 2.3 ×"}
+ONLINE = ("una-online", "ppo")
+# How many judgements a response needs: a pair is one of two. A third of una-mixed's are in pairs.
+JUDGEMENTS = {"dpo": 1 / 2, "kto": 1, "una-binary-bce": 1, "una-binary-learned": 1, "una-score": 1,
+              "una-score-estimated": 1, "una-score-learned": 1, "una-mixed": 5 / 6}
+EXPLOITED = ("no: the judge sees more", "yes", "no difference shown")
+OFFSETS = (                                                      # words, runs
+    ("una-score, Eq. 13: 0", "una-score"),
+    ("… one constant, the mean of β log Z", "una-score, constant"),
+    ("… β log Z(x), exact", "una-score, exact"),
+    ("… β log Z(x), estimated: `una-score-estimated`", "una-score-estimated"),
+    ("… learned: `una-score-learned`", "una-score-learned"),
+    ("… the mean residual", "una-score, residual"),
+    ("… the mean residual, held constant", "una-score, held"),
+    ("rewards, Eq. 7: 0", "una-reward"), ("… one constant", "una-reward, constant"),
+    ("… exact", "una-reward, exact"),
+    ("… estimated: `una-reward-estimated`", "una-reward-estimated"),
+    ("… learned", "una-reward, learned"), ("… the mean residual", "una-reward, residual"),
+    ("una-binary-bce, Eq. 12: 0", "una-binary-bce"),
+    ("… learned: `una-binary-learned`", "una-binary-learned"),
+    ("… one constant", "una-binary-bce, constant"), ("… exact", "una-binary-bce, exact"),
+    ("… exact, β × 1", "una-binary-bce, exact", ("beta_multiple", 1)),
+    ("… estimated, from the scores", "una-binary-bce, estimated"),
+    ("… estimated, β × 1", "una-binary-bce, estimated", ("beta_multiple", 1)),
+    ("una-binary-mse, Eq. 11: 0", "una-binary-mse"), ("kto: −β z₀, which is 0 here", "kto"),
+    ("una-mixed: 0", "una-mixed"), ("dpo: cancels", "dpo"),
+    ("una-online, Eq. 7 on fresh samples: free", "una-online"))
 
 
-# ---------------------------------------------------------------- other machines
-def machines(told):
-    """told: {words for a machine: the results.json that it wrote}."""
-    rows = [[f"`{runs[0]['method']}`", *(f"{share:.2f} %" for share in lost(runs))]
-            for runs in zip(*(results["runs"] for results in told.values()))]
-    seconds = [f"{sum(run['seconds'] for run in results['runs']):.0f} s, "
-               f"{results['settings']['jobs']} at a time" for results in told.values()]
-    return markdown(["lost", *told], [*rows, ["seconds, summed", *seconds]])
+# ---------------------------------------------------------------- claims.json
+# A table is a list of rows, the heading first, and a row of cells.
+def claims_tables(claims):
+    def runs(name, level=0.0, **fields):
+        return reported(claims, name, level, **fields)
 
+    def versus(words, ours, theirs, verdicts=ANSWERS, **fields):
+        return [words, *less(runs(ours, **fields), runs(theirs, **fields), verdicts)]
 
-# ---------------------------------------------------------------- lab/pairs.py
-def pairs(told):
-    """What pairs.json says: the grid, the two rules, the predictions."""
-    grid = [row for row in told["tuning"] if row["rule"] == "median"]
-    lost_in = {(row["cell"]["learning_rate"], row["cell"]["beta"]): row["lost"] for row in grid}
-    rates, betas = (sorted(set(values)) for values in zip(*lost_in))
-    chosen = {row["rule"]: row for row in told["tuning"] if row["best"]}
-    reported = {rule: lost([run for run in told["runs"] if run["rule"] == rule])
-                for rule in chosen}
-    found = dict(
-        median=(f"{chosen['median']['cell']['learning_rate']:g}",
-                chosen["median"]["cell"]["learning_rate"] < 4e-3),
-        steady=(f"{number(max(reported['worst']))} %", max(reported["worst"]) <= 50),
-        price=(f"{number(median(reported['worst']))} %", median(reported["worst"]) >= 20))
-    return dict(
-        pairs_grid=markdown(
-            ["learning rate", *(f"β × {beta:g}" for beta in betas)],
-            [[f"{rate:g}", *(with_range(in_percent(lost_in[rate, beta]), " %") for beta in betas)]
-             for rate in rates] + [["**the optimum of that β**", *(
-                 with_range([round(share, 6) + 0.0 for share in in_percent(lost_there)], " %")
-                 for _, lost_there in told["optima"])]]),
-        pairs_rules=markdown(
-            ["chosen by", "cell", "tuning seeds", "reported seeds"],
-            [[f"the {rule} of eight", f"{row['cell']['learning_rate']:g}, "
-              f"β × {row['cell']['beta']:g}", with_range(in_percent(row["lost"]), " %"),
-              with_range(reported[rule], " %")] for rule, row in chosen.items()]),
-        pairs_reported=[with_range(values, " %") for values in reported.values()],
-        pairs_predictions=markdown(EXPECTED, predicted(told, found)))
+    def paper(words, ours, theirs, said=None, verdicts=VERDICTS, **fields):
+        _, *cells = versus(words, ours, theirs, verdicts, **fields)
+        return [words, said or f"{PAPER[ours]} against {PAPER[theirs]}", *cells]
 
+    def of(*what):
+        return median(lost(runs(*what)))
 
-def predicted(told, found):
-    """A row for each prediction; found: {its key: (what was found, whether it holds)}."""
-    return [[text, found[key][0], "holds" if found[key][1] else "does not hold"]
-            for key, text in told["predictions"].items()]
+    def middle(runs, figure):
+        return median([figure(run) for run in runs if "diverged" not in run])
 
+    def state(name, reward):
+        return middle(runs(name, reward=reward), lambda run: run["state_bytes"])
 
-def kto(told):
-    """What kto.json says: a row for each level, the predictions."""
-    rows, found_zeros, moved = [], [], []
-    for level in sorted({run["level"] for run in told["runs"]}):
-        with_it, without = ([run for run in told["runs"] if (run["level"], run["without"])
-                             == (level, which)] for which in (False, True))
-        steps, zeros = with_it[0]["curve"][-1]["step"], [run["zeros"] for run in with_it]
-        apart = [a - b for a, b in zip(lost(without), lost(with_it))]
-        rows.append([f"{level:g}", f"{min(zeros)} to {max(zeros)} of {steps}",
-                     with_range(lost(with_it), " %"), with_range(lost(without), " %"),
-                     span(apart, ANSWERS)[0]])
-        found_zeros.append(100 * min(zeros) / steps)
-        moved.append(abs(median(lost(without)) / median(lost(with_it)) - 1))
-    return dict(
-        kto_runs=markdown(["level", "steps where z₀ is 0", "lost", "lost without z₀", "difference"],
-                          rows),
-        kto_predictions=markdown(EXPECTED, predicted(told, dict(
-            zero=(f"at least {number(min(found_zeros))} % of the steps", min(found_zeros) >= 90),
-            same=(" and ".join(f"{number(100 * share, '.2g')} %" for share in moved) + " of itself",
-                  max(moved) < 0.1)))))
-
-
-def in_percent(lost):
-    """In percent; null, of a run that diverged, is infinite."""
-    return [math.inf if share is None else 100 * share for share in lost]
-
-
-# ---------------------------------------------------------------- which runs
-def best_cell(claims, method, offset="zero", level=0.0, reward="judge"):
-    rows = grid_of(claims, method, offset, level, reward)
-    return next(row["cell"] for row in rows if row["best"])
-
-
-def grid_of(claims, method, offset="zero", level=0.0, reward="judge"):
-    return [row for row in claims["tuning"] if (
-        row["method"], row["offset"], row["level"], row["reward"]) == (
-        method, offset, level, reward)]
-
-
-def pick(claims, method, offset=None, level=0.0, reward="judge", judged=None, **cell):
-    """The reported runs of a method, one for each seed: by default with its own offset."""
-    offset, judged = offset or OWN.get(method, "zero"), judged or claims["settings"]["judged"]
-    if method == "ppo" and not cell:
-        cell = dict(divide=best_cell(claims, "ppo", reward=reward)["divide"])
-    return [run for run in claims["runs"] if (
-        run["method"], run["offset"], run["level"], run.get("reward_source", "judge"),
-        run["judged"]) == (method, offset, level, reward, judged)
-        and cell.items() <= run["cell"].items()]
-
-
-def main_runs(claims):
-    """The runs of the methods as they are, on the judge's reward, at level 0."""
-    return [run for method in claims["settings"]["methods"] for run in pick(claims, method)]
-
-
-def state(runs):
-    """Bytes of a method's weights, gradients and optimiser state: the same for every seed."""
-    return next((run["state_bytes"] for run in ended(runs)), math.nan)
-
-
-def bad(shares):
-    """How many ended below the reference, or in no numbers."""
-    return sum(share is None or share > 1 for share in shares)
-
-
-def below_reference(rows):
-    shares = [share for row in rows for share in row["lost"]]
-    return f"{bad(shares)} of {len(shares)}"
-
-
-# ---------------------------------------------------------------- the paper's claims
-def paper_rows(claims):
-    pair, dpo, mse, bce, score, mixed, kto, online, ppo = (pick(claims, name) for name in (
-        "una-pair", "dpo", "una-binary-mse", "una-binary-bce", "una-score", "una-mixed", "kto",
-        "una-online", "ppo"))
-    mse_1, bce_1, kto_1 = (pick(claims, name, level=1.0) for name in (
-        "una-binary-mse", "una-binary-bce", "kto"))
-    of_model = [pick(claims, name, reward="model") for name in ("una-online", "ppo")]
-    apart = max((abs(a[split][name] - b[split][name])
-                 for a, b in zip(pair, dpo) if ended([a, b]) == [a, b]
-                 for split in ("train", "heldout") for name in a["train"]), default=math.nan)
-    states = [state(pick(claims, "una-online", reward=reward))
-              / state(pick(claims, "ppo", reward=reward)) for reward in ("judge", "model")]
-    spreads = [max(lost(runs)) - min(lost(runs)) for runs in (online, ppo)]
-    grids = [grid_of(claims, name) for name in ("una-online", "ppo")]
-    failures = [bad([share for row in rows for share in row["lost"]]) for rows in grids]
-    binary_mse, binary_bce, scores = "28.88 / 63.12", "28.93 / 63.06", "30.92 / 64.35"
-    of_kto, of_dpo = "28.56 / 62.74", "28.53 / 62.26"
-
-    def verdict(holds):
-        return VERDICTS[0] if holds else "does not"
-
-    return [
-        ["pairwise UNA is DPO", "“equivalent”",
-         f"{with_range(lost(pair), ' %')} against {with_range(lost(dpo), ' %')}",
-         f"largest of any figure: {number(apart, '.2g')}", verdict(apart == 0)],
-        less("binary UNA (MSE) beats KTO", f"{binary_mse} against {of_kto}", mse, kto),
-        less("… where prompts differ: level 1", "–", mse_1, kto_1),
-        less("binary UNA (BCE) beats KTO", f"{binary_bce} against {of_kto}", bce, kto),
-        less("… where prompts differ: level 1", "–", bce_1, kto_1),
-        less("score UNA beats binary UNA (MSE)", f"{scores} against {binary_mse}", score, mse),
-        less("score UNA beats binary UNA (BCE)", f"{scores} against {binary_bce}", score, bce),
-        less("score UNA beats KTO", f"{scores} against {of_kto}", score, kto),
-        less("score UNA beats DPO", f"{scores} against {of_dpo}", score, dpo),
-        less("online UNA beats RLHF/PPO: judge's reward, as many samples",
-             "25.91 / 56.13 against 25.36 / 55.68", online, ppo),
-        less("… a reward model's reward", "the same", *of_model),
-        sooner("it is faster: as many samples", "3.5 h against 8 h: 2.3 ×",
-               seconds(online), seconds(ppo)),
-        *(sooner(f"… until {share:.0%} of the gain", "–",
-                 *([seconds_to(share, run) for run in which] for which in (online, ppo)))
-          for share in (0.5, 0.9, 0.99)),
+    made, mse, bce, score, kto = {}, "una-binary-mse", "una-binary-bce", "una-score", "kto"
+    with_it, learned = "una-score-estimated", "una-binary-learned"
+    (online, ppo), (pair, dpo) = map(runs, ONLINE), map(runs, ("una-pair", "dpo"))
+    off = max(abs(a[split][figure] - b[split][figure]) for a, b in zip(pair, dpo)
+              if "diverged" not in a | b for split in ("train", "heldout") for figure in a[split])
+    states = [state("una-online", reward) / state("ppo", reward) for reward in ("judge", "model")]
+    spread = [max(lost(of)) - min(lost(of)) for of in (online, ppo)]
+    grids = [[share for row in pick(claims["tuning"], method=name, reward="judge")
+              for share in row["lost"]] for name in ONLINE]
+    failed = [sum(share > 1 for share in grid) for grid in grids]
+    verdict = ("does not", "replicates")
+    can = ("it can, and loses less", "it can, but loses more", "it can; no difference shown")
+    mixed = "one run can use all three kinds of feedback: mixed against"
+    made["claims"] = [
+        ["claim", "paper's figures", "here: lost", "difference", "verdict"],
+        [*paper("pairwise UNA is DPO", "una-pair", "dpo", "“equivalent”")[:3],
+         f"largest of any figure: {number(off, '.2g')}", verdict[off == 0]],
+        paper("binary UNA (MSE) beats KTO", mse, kto),
+        paper("… where prompts differ: level 1", mse, kto, "–", level=1.0),
+        paper("binary UNA (BCE) beats KTO", bce, kto),
+        paper("… where prompts differ: level 1", bce, kto, "–", level=1.0),
+        paper("score UNA beats binary UNA (MSE)", score, mse),
+        paper("score UNA beats binary UNA (BCE)", score, bce),
+        paper("score UNA beats KTO", score, kto), paper("score UNA beats DPO", score, "dpo"),
+        paper("online UNA beats RLHF/PPO: judge's reward, as many samples", *ONLINE),
+        paper("… a reward model's reward", *ONLINE, "the same", reward="model"),
+        ["it is faster: as many samples", PAPER["hours"], *sooner(seconds(online), seconds(ppo))],
+        *([f"… until {goal:.0%} of the gain", "–",
+           *sooner(seconds(online, goal), seconds(ppo, goal))] for goal in figures.GOALS),
         ["it needs less memory: weights, gradients and optimiser state", "no figure",
          f"{states[0]:.3g} of PPO's; with a reward model {states[1]:.3g}", "–",
-         verdict(max(states) < 1)],
+         verdict[max(states) < 1]],
         ["it is more stable: largest minus least lost over the seeds", "no figure",
-         f"{number(spreads[0], '.2g')} % against {number(spreads[1], '.2g')} %", "–",
-         verdict(spreads[0] < spreads[1])],
+         " against ".join(percent(share, ".2g") for share in spread), "–",
+         verdict[spread[0] < spread[1]]],
         ["… runs of the grid that end below the reference", "no figure",
-         " against ".join(below_reference(rows) for rows in grids), "–",
-         verdict(failures[0] < failures[1])],
-        *(less(f"one run can use all three kinds of feedback: mixed against {name}", "no figure",
-               mixed, other, ("it can, and loses less", "it can, but loses more",
-                              "it can; no difference shown"))
-          for name, other in (("pairs alone", pair), ("labels alone (BCE)", bce),
-                              ("scores alone", score))),
-    ]
+         " against ".join(map(bad, grids)), "–", verdict[failed[0] < failed[1]]],
+        paper(f"{mixed} pairs alone", "una-mixed", "una-pair", "no figure", can),
+        paper(f"{mixed} labels alone (BCE)", "una-mixed", bce, "no figure", can),
+        paper(f"{mixed} scores alone", "una-mixed", score, "no figure", can)]
 
-
-def prediction_rows(claims):
-    """claims.PREDICTIONS, and what was found: medians."""
-    def of(method, offset=None, level=0.0):
-        return median(lost(pick(claims, method, offset, level)))
-
-    online, ppo = pick(claims, "una-online"), pick(claims, "ppo")
-    arrive = [median([seconds_to(0.99, run) for run in which]) for which in (online, ppo)]
-    score, estimated, estimated_1 = (of("una-score"), of("una-score-offset"),
-                                     of("una-score-offset", level=1.0))
-    learned_1, bce_1 = (of(name, level=1.0) for name in ("una-binary-offset", "una-binary-bce"))
-    constant = of("una-score", "constant", 1.0)
-    pairs = best_cell(claims, "una-pair")["beta"]
-    zero = [best_cell(claims, name)["beta"]
-            for name in ("una-binary-mse", "una-binary-bce", "una-score")]
-    apart = [a - b for a, b in zip(lost(online), lost(ppo))]
-    found = dict(
-        estimated=(f"{number(estimated)} % of {number(score)} %", estimated <= score / 5),
-        levels=(f"{number(estimated_1)} % of {number(estimated)} %", estimated_1 <= 2 * estimated),
-        learned=(f"{number(learned_1)} % of {number(bce_1)} %", learned_1 <= bce_1 / 2),
-        constant=(f"{number(constant)} %", constant > 100),
-        pairs=(f"{pairs:g} of it", pairs == 1),
+    arrive = [median(seconds(of, 0.99)) for of in (online, ppo)]
+    pairs, *zero = (pick(claims["tuning"], method=name, best=True)[0]["beta_multiple"]
+                    for name in ("una-pair", mse, bce, score))
+    constant, at_end = of("una-score, constant", 1.0), of("una-online")
+    _, *signs = less(online, ppo, ("", "", "both signs"))
+    made["predictions"] = predicted(
+        claims, estimated=at_most(of(with_it), 1 / 5, of(score), "of"),
+        levels=at_most(of(with_it, 1.0), 2, of(with_it), "of"),
+        learned=at_most(of(learned, 1.0), 1 / 2, of(bce, 1.0), "of"),
+        constant=(percent(constant), constant > 1), pairs=(f"{pairs:g} of it", pairs == 1),
         zero=(", ".join(f"{beta:g}" for beta in zero) + " of it", max(zero) <= 0.25),
-        online=(f"{number(of('una-online'))} %", of("una-online") <= 0.1),
-        alike=(" ".join(span(apart, ("all less", "all more", "both signs"))),
-               min(apart) < 0 < max(apart)),
+        online=(percent(at_end), at_end <= 0.001),
+        alike=(" ".join(signs), signs[1] == "both signs"),
         sooner=(f"{number(arrive[0])} s against {number(arrive[1])} s",
                 arrive[0] <= arrive[1] / 2 < math.inf))
-    return predicted(claims, found)
 
+    rows = made["offsets"] = [["f(x) + c", "one level: lost", "a level for each noun: lost",
+                               "off β log Z by"]]
+    for words, name, *beta in OFFSETS:
+        both = [runs(name, level, **dict(beta)) for level in (0.0, 1.0)]
+        errors = [[run["offset_error"] for run in of if "offset_error" in run] for of in both]
+        rows.append([words, *(shares(lost(of)) for of in both),
+                     " · ".join(number(median(of), ".2g") for of in errors if of) or "–"])
 
-# ---------------------------------------------------------------- f(x) + c
-def offset_rows(claims):
-    rows = []
-    for loss, offsets in OFFSETS.items():
-        for i, (words, method, offset, *knobs) in enumerate(offsets):
-            row = [(f"{loss}: " if loss != "others" and i == 0 else "… " if i else "") + words]
-            if loss == "others":
-                row = [words]
-            both = [pick(claims, method, offset, level, **dict(*knobs)) for level in (0.0, 1.0)]
-            row += [with_range(lost(runs), " %") if runs else "–" for runs in both]
-            errors = [[run["offset_error"] for run in runs if "offset_error" in run]
-                      for runs in both]
-            row.append(" · ".join(number(median(error), ".2g") for error in errors if error) or "–")
-            rows.append(row)
-    return ["f(x) + c", "one level: lost", "a level for each noun: lost",
-            "off β log Z by"], rows
+    few, *_, many = sorted({run["judged"] for run in claims["runs"]})
+    rows = made["passes"] = [["lost", f"{many} judged, once", f"{few}, {many / few:.0f} times",
+                              "difference", ""]]
+    for name in dict.fromkeys(run["method"] for run in pick(claims["runs"], judged=few)):
+        once, again = runs(name), runs(name, judged=few)
+        rows.append([code(name), shares(lost(once)), shares(lost(again)), *less(
+            once, again, ("less, once", "more, once", "no difference shown"))[1:]])
 
-
-# ---------------------------------------------------------------- beyond the paper
-def beyond_rows(claims):
-    start = {entry["seed"]: entry["train"]["residual_variance"] for entry in claims["reference"]}
-    online, ppo = pick(claims, "una-online"), pick(claims, "ppo")
-    divided = [pick(claims, "ppo", divide=divide) for divide in (False, True)]
-    residual = [median([run["train"]["residual_variance"] / start[run["seed"]]
-                        for run in ended(which)] or [math.nan]) for which in (online, ppo)]
-    noise = [median([run["curve"][-1]["gradient_noise"] / run["curve"][0]["gradient_noise"]
-                     for run in ended(which)] or [math.nan]) for which in (online, *divided)]
-    rows = []
+    rows = made["beyond"] = [["beyond the paper", "here: lost", "difference", "verdict"]]
     for level, words in ((0.0, "one level"), (1.0, "a level for each noun")):
-        score, bce, reward = (pick(claims, name, "zero", level) for name in (
-            "una-score", "una-binary-bce", "una-reward"))
-        estimated = pick(claims, "una-score-offset", level=level)
-        rows += [
-            less(f"{words}: scores lose less with the estimated f(x) + c than with 0", "",
-                 estimated, score, ANSWERS),
-            less("… rewards (Eq. 7)", "",
-                 pick(claims, "una-reward-offset", level=level), reward, ANSWERS),
-            less("… labels (BCE) with the learned", "",
-                 pick(claims, "una-binary-offset", level=level), bce, ANSWERS),
-            less("… scores with the estimated than with one constant", "", estimated,
-                 pick(claims, "una-score", "constant", level), ANSWERS),
-            less("… than with the exact", "", estimated,
-                 pick(claims, "una-score", "exact", level), ANSWERS),
-            less("… than with the learned", "", estimated,
-                 pick(claims, "una-score", "learned", level), ANSWERS),
-            less("… than dpo of pairs", "", estimated, pick(claims, "dpo", level=level), ANSWERS)]
+        rows += [versus(said, ours, theirs, level=level) for said, ours, theirs in (
+            (f"{words}: scores lose less with the estimated f(x) + c than with 0", with_it, score),
+            ("… rewards (Eq. 7)", "una-reward-estimated", "una-reward"),
+            ("… labels (BCE) with the learned", learned, bce),
+            ("… scores with the estimated than with one constant", with_it, "una-score, constant"),
+            ("… than with the exact", with_it, "una-score, exact"),
+            ("… than with the learned", with_it, "una-score-learned"),
+            ("… than dpo of pairs", with_it, "dpo"))]
+    start = {entry["seed"]: entry["train"]["residual_variance"] for entry in claims["reference"]}
+    parted = [runs("ppo", divide=divide) for divide in (False, True)]
+    residual = [middle(of, lambda run: run["train"]["residual_variance"] / start[run["seed"]])
+                for of in (online, ppo)]
+    noise = [middle(of, lambda run, key="gradient_noise": run["curve"][-1][key]
+                    / run["curve"][0][key]) for of in (online, *parted)]
     rows += [
-        less("the mean residual: scores lose less where its gradient flows than where it is held",
-             "", pick(claims, "una-score", "residual"), pick(claims, "una-score", "held"),
-             ANSWERS),
-        less("online, Eq. 7 loses less than Eq. 9", "",
-             online, pick(claims, "una-online-score"), ANSWERS),
-        less("ppo loses less without the division of its advantages", "", *divided, ANSWERS),
-        ["the residual r − β log π/π_ref ends with less variance than it starts with "
-         "(end / start, median)", "", "una-online {:.1g}, ppo {:.1g}".format(*residual), "–",
+        versus("the mean residual: scores lose less where its gradient flows than where it is held",
+               "una-score, residual", "una-score, held"),
+        versus("online, Eq. 7 loses less than Eq. 9", "una-online", "una-online-score"),
+        ["ppo loses less without the division of its advantages", *less(*parted, ANSWERS)],
+        ["the residual r − β log π/π_ref ends with less variance than it starts with (end / start, "
+         "median)", "una-online {:.1g}, ppo {:.1g}".format(*residual), "–",
          "yes, both: it measures the policy" if max(residual) < 0.1 else "no"],
-        ["the gradient loses its noise (variance, end / start, median)", "",
+        ["the gradient loses its noise (variance, end / start, median)",
          "una-online {:.1g}, ppo {:.1g}, ppo divided {:.1g}".format(*noise), "–",
          ", ".join("yes" if ratio < 0.1 else "no" for ratio in noise)]]
-    for name in ("una-online", "ppo"):
-        reports = [run["reward_model"] for run in ended(pick(claims, name, reward="model"))]
-        by_model, by_judge = ([report[key] for report in reports]
-                              for key in ("model_gain", "judge_gain"))
-        accuracy = with_range([100 * report["accuracy"] for report in reports], " %")
-        rows.append([f"{name} exploits its reward model (accuracy {accuracy}): reward gained, by "
-                     "the model and by the judge", "",
-                     f"{with_range(by_model)} and {with_range(by_judge)}",
-                     *span([a - b for a, b in zip(by_model, by_judge)],
-                           ("no: the reverse", "yes", "no difference shown"))])
-    return [[row[0], *row[2:]] for row in rows]
+    for name in ONLINE:
+        accuracy, model, judge = zip(*(
+            [run["reward_model"][figure] for figure in ("accuracy", "model_gain", "judge_gain")]
+            for run in runs(name, reward="model") if "diverged" not in run))
+        words = f"{name} exploits its reward model (accuracy {shares(accuracy)}): reward gained, by"
+        rows.append([f"{words} the model and by the judge", f"{ranged(model)} and {ranged(judge)}",
+                     *span([a - b for a, b in zip(model, judge)], (ANSWERS[1], *EXPLOITED[1:]))])
+
+    peaks = {(entry["method"], entry["reward"]): entry["bytes"] for entry in claims["peak_memory"]}
+    rows = made["cost"] = [["method", "seconds", "state", "peak above the idle process", "lost"]]
+    for name, reward in (*((name, "judge") for name in METHODS), *((n, "model") for n in ONLINE)):
+        its, peak = runs(name, reward=reward), peaks.get((name, reward))
+        rows.append([code(name, *["reward model"] * (reward == "model")),
+                     number(median(seconds(its))), f"{number(state(name, reward) / 1e6)} MB",
+                     f"{number(peak / 1e6)} MB" if peak else "–", shares(lost(its))])
+
+    rows = made["grids"] = [["grid", "best cell: learning rate, …", "lost there, tuning seeds",
+                             "of them below π_ref; reported", "all runs below π_ref", "cells",
+                             "at an end"]]
+    for name, level, reward in dict.fromkeys((row["method"], row["level"], row["reward"])
+                                             for row in claims["tuning"]):
+        grid = pick(claims["tuning"], method=name, level=level, reward=reward)
+        (best,), there = pick(grid, best=True), lost(runs(name, level, reward=reward))
+        more = ["level 1"] * (level == 1) + ["reward model"] * (reward == "model")
+        rows.append([code(name, *more), cell_text(best["cell"]), shares(best["lost"]),
+                     f"{bad(best['lost'])}, {bad(there)}",
+                     bad([share for row in grid for share in row["lost"]]), f"{len(grid)}",
+                     " and ".join(edges(grid, best)) or "–"])
+    return made
 
 
-def passes_rows(claims):
-    """One pass over many judged responses against many passes over few."""
-    few = min(run["judged"] for run in claims["runs"])
-    passes = claims["settings"]["steps"] * claims["settings"]["batch"] / few
-    rows = []
-    for method in dict.fromkeys(run["method"] for run in claims["runs"] if run["judged"] == few):
-        once, many = pick(claims, method), pick(claims, method, judged=few)
-        apart = [a - b for a, b in zip(lost(once), lost(many))]
-        rows.append([f"`{method}`", with_range(lost(once), " %"), with_range(lost(many), " %"),
-                     *span(apart, ("less, once", "more, once", "no difference shown"))])
-    return ["lost", f"{claims['settings']['judged']} judged, once", f"{few}, {passes:.0f} times",
-            "difference", ""], rows
+# ---------------------------------------------------------------- pairs.json, kto.json, defaults
+def pairs_tables(file):
+    grid, chosen = pick(file["tuning"], rule="median"), pick(file["tuning"], best=True)
+    found = {row["rule"]: lost(pick(file["runs"], rule=row["rule"])) for row in chosen}
+    rate, worst = chosen[0]["learning_rate"], found["worst"]
+    optima = {beta: [round(share, 8) + 0.0 for share in shares] for beta, shares in file["optima"]}
+    return dict(
+        pairs_rules=[["chosen by", "cell", "tuning seeds", "reported seeds"], *(
+            [f"the {row['rule']} of eight", cell_text(row["cell"]), shares(row["lost"]),
+             shares(found[row["rule"]])] for row in chosen)],
+        pairs_grid=[["learning rate", *(f"β × {beta:g}" for beta in optima)], *(
+            [f"{rate:g}", *(shares(pick(grid, learning_rate=rate, beta_multiple=beta)[0]["lost"])
+                            for beta in optima)]
+            for rate in dict.fromkeys(row["learning_rate"] for row in grid)),
+            ["**the optimum of that β**", *map(shares, optima.values())]],
+        pairs_predictions=predicted(
+            file, median=(f"{rate:g}", rate < 4e-3),
+            steady=(percent(max(worst)), max(worst) <= 0.5),
+            price=(percent(median(worst)), median(worst) >= 0.2)))
 
 
-# ---------------------------------------------------------------- cost, grids
-def cost_rows(claims):
-    rows = []
-    peaks = {(entry["method"], entry["reward_source"]): entry["bytes"]
-             for entry in claims["peak_memory"]}
-    kinds = [(name, "judge") for name in claims["settings"]["methods"]]
-    for name, source in (*kinds, ("una-online", "model"), ("ppo", "model")):
-        same = pick(claims, name, reward=source)
-        rows.append([f"`{name}`" + (", reward model" if source == "model" else ""),
-                     number(median(seconds(same))), f"{number(state(same) / 1e6)} MB",
-                     f"{number(peaks.get((name, source), math.nan) / 1e6)} MB",
-                     with_range(lost(same), " %")])
-    return ["method", "seconds", "state", "peak above the idle process", "lost"], rows
+def kto_tables(file):
+    rows, zeros, moved = [], [], []
+    for level in (0.0, 1.0):
+        own, without = (reported(file, name, level) for name in ("kto", "kto-without"))
+        counts, steps = [run["zeros"] for run in own], own[0]["steps"]
+        rows.append([f"{level:g}", f"{min(counts)} to {max(counts)} of {steps}", shares(lost(own)),
+                     shares(lost(without)), less(without, own)[1]])
+        zeros.append(min(counts) / steps)
+        moved.append(abs(median(lost(without)) / median(lost(own)) - 1))
+    return dict(
+        kto_runs=[["level", "steps where z₀ is 0", "lost", "lost without z₀", "difference"], *rows],
+        kto_predictions=predicted(
+            file, zero=(f"at least {percent(min(zeros))} of the steps", min(zeros) >= 0.9),
+            same=(" and ".join(percent(share, ".2g") for share in moved) + " of itself",
+                  max(moved) < 0.1)))
 
 
-def edges(rows):
-    """Which of a grid's knobs end with the chosen value: learning rate or beta."""
-    chosen = next(row["cell"] for row in rows if row["best"])
-    return [words for knob, words in (("learning_rate", "learning rate"), ("beta", "β"))
-            if knob in chosen and chosen[knob] in (
-                min(row["cell"][knob] for row in rows), max(row["cell"][knob] for row in rows))]
+def machines_table(told):
+    ran = [told[name]["runs"] for name in MACHINES]
+    took = [f"{sum(seconds(runs)):.0f} s, {told[name]['settings']['jobs']} at a time"
+            for name, runs in zip(MACHINES, ran)]
+    return [["lost", *MACHINES.values()], *(
+        [code(name), *(" ".join(f"{100 * share:.2f} %" for share in lost(pick(runs, method=name)))
+                       or "–" for runs in ran)]
+        for name in dict.fromkeys(run["method"] for run in sum(ran, []))),
+        ["seconds, summed", *took]]
 
 
-def cell_text(cell):
-    words = dict(learning_rate="", beta="β × ", epochs="inner steps ", divide="divided: ",
-                 leave_one_out="leave one out: ", steps="")
-    return ", ".join(words[knob] + ({True: "yes", False: "no"}[value] if isinstance(value, bool)
-                                    else f"{value:g}") for knob, value in cell.items())
+# ---------------------------------------------------------------- budget.json
+def sizes_of(told):
+    return sorted({model["judged"] for model in told["budget"]["models"]})
 
 
-def grid_rows(claims):
-    rows = []
-    for key in dict.fromkeys(tuple(row[name] for name in ("method", "offset", "level", "reward"))
-                             for row in claims["tuning"]):
-        grid, (method, offset, level, reward) = grid_of(claims, *key), key
-        chosen = next(row for row in grid if row["best"])
-        name = f"`{method}`" + (f", {offset}" if OWN.get(method, "zero") != offset else "")
-        name += (", level 1" if level else "") + (", reward model" if reward == "model" else "")
-        reported = [figures.lost(run) for run in pick(claims, method, offset, level, reward)]
-        shares = in_percent(chosen["lost"])
-        rows.append([name, cell_text(chosen["cell"]), with_range(shares, " %"),
-                     f"{bad(chosen['lost'])} of {len(shares)}, {bad(reported)} of {len(reported)}",
-                     f"{below_reference(grid)}", f"{len(grid)}",
-                     " and ".join(edges(grid)) or "–"])
-    return ["grid", "best cell: learning rate, …", "lost there, tuning seeds",
-            "of them below π_ref; reported", "all runs below π_ref", "cells", "at an end"], rows
+def at_sizes(told, name, reward="judge"):
+    """Runs at level 1 for each size: budget.json's, or those of claims.json."""
+    return [reported(told["budget"], name, 1.0, reward, size)
+            or reported(told["claims"], name, 1.0, reward, size) for size in sizes_of(told)]
 
 
-def tables(claims):
-    """{name: Markdown}."""
-    judged = claims | dict(runs=main_runs(claims))
-    heading = ["here: lost", "difference", "verdict"]
-    return {
-        "claims": markdown(["claim", "paper's figures", *heading], paper_rows(claims)),
-        "predictions": markdown(EXPECTED, prediction_rows(claims)),
-        "offsets": markdown(*offset_rows(claims)),
-        "beyond": markdown(["beyond the paper", *heading], beyond_rows(claims)),
-        "passes": markdown(*passes_rows(claims)),
-        "cost": markdown(*cost_rows(claims)),
-        "grids": markdown(*grid_rows(claims)),
-        "full": f"```\n{figures.table(judged)}\n```",
-    }
+def learning(told):
+    """{line: [(judged responses, what each seed lost)]}, of online methods on their way."""
+    found = {name: [*zip(sizes_of(told), map(lost, at_sizes(told, name)))] for name in JUDGEMENTS}
+    for name in ONLINE:
+        runs = pick(told["budget"]["runs"], method=name)
+        curves = [run["curve"] for run in runs if "diverged" not in run]
+        found[f"{name}, fresh"] = [
+            (points[0]["step"] * runs[0]["judged"] // runs[0]["steps"],
+             [point["regret"] / curve[0]["regret"] for point, curve in zip(points, curves)]
+             + [math.inf] * (len(runs) - len(curves))) for points in [*zip(*curves)][1:]]
+    return found
+
+
+def budget_tables(told):
+    def listed(values):
+        return ", ".join(percent(share, ".2g") for share in values)
+
+    def below(ours, theirs):
+        return all(a < b for a, b in zip(ours, theirs))
+
+    made, sizes, every = {}, sizes_of(told), told["budget"]["runs"] + told["claims"]["runs"]
+    stored = {name: at_sizes(told, name) for name in JUDGEMENTS}
+    rows = made["sizes"] = [["lost", *(f"{size:,}" for size in sizes), *(
+        f"to {100 * goal:.0f} % of the gain" for goal in figures.GOALS)]]
+    for name, points in learning(told).items():
+        rows.append([code(name), *(shares(dict(points).get(size, ())) for size in sizes), *(
+            needed(points, goal, JUDGEMENTS.get(name, 1)) for goal in figures.GOALS)])
+        if name in ("una-score-estimated", "una-score-learned"):
+            same = [pick(every, method="una-score, exact", level=1.0, judged=its["judged"],
+                         cell=its["cell"], steps=its["steps"]) for its, *_ in stored[name]]
+            rows.append(["… the exact β log Z(x), in the same cell", *map(shares, map(lost, same)),
+                         *["–"] * len(figures.GOALS)])
+    made["size_cells"] = [
+        ["best cell: learning rate, β, steps", *(f"{size:,}" for size in sizes)],
+        *([code(name), *(cell_text(its["cell"] | dict(steps=its["steps"])) for its, *_ in runs)]
+          for name, runs in stored.items())]
+
+    on = {name: at_sizes(told, name, "model") for name in (
+        f"{which}, {by}" for which in ("optimum", *ONLINE) for by in ("by_model", "train"))}
+    rows = made["models"] = [[
+        "pairs", "orders pairs as the judge", "optimum of the model, β × 1", "tuned β",
+        *(f"`{name}`, by {whom}" for name in ONLINE for whom in ("the model", "the judge")),
+        "`dpo` on the same pairs"]]
+    for i, size in enumerate(sizes):
+        rows.append([f"{size // 2:,}", *map(shares, (
+            [run["reward_model"]["accuracy"] for run in on["ppo, train"][i] if "train" in run],
+            [dict(run["optima"])[1.0] for run in on["optimum, train"][i]],
+            *(lost(runs[i]) for name, runs in on.items() if name != "optimum, by_model"),
+            lost(stored["dpo"][i])))])
+    rows = made["exploitation"] = [["reward gained", "by the model", "by the judge", "difference",
+                                    "exploited"]]
+    for i, size in enumerate(sizes):
+        for which, words in (("optimum", "the model's optimum"), *zip(ONLINE, map(code, ONLINE))):
+            model, judge = ([run.get("gained", math.nan) for run in on[f"{which}, {by}"][i]]
+                            for by in ("by_model", "train"))
+            more = [a - b for a, b in zip(model, judge)]
+            rows.append([f"{size // 2:,} pairs, {words}", ranged(model), ranged(judge),
+                         number(median(more), "+.2g"), span(more, EXPLOITED)[1]])
+
+    ended = {name: [median(lost(runs)) for runs in of] for name, of in (stored | on).items()}
+    estimated, learned = ended["una-score-estimated"], ended["una-score-learned"]
+    score, dpo, optimum = ended["una-score"], ended["dpo"], ended["optimum, train"]
+    binary, bce = ended["una-binary-learned"], ended["una-binary-bce"]
+    online = ended["una-online, by_model"] + ended["ppo, by_model"]
+    beta = stored["dpo"][0][0]["beta_multiple"]
+    more = [a["gained"] - b["gained"] for a, b in zip(on["optimum, by_model"][0],
+                                                      on["optimum, train"][0])]
+    made["budget_predictions"] = predicted(
+        told["budget"], few_scores=at_most(estimated[0], 1, dpo[-1]),
+        zero=(at_most(score[-1], 1, score[-2])[0], score[-1] >= 0.8 * score[-2]),
+        learned=(f"{listed(learned)} against {listed(estimated)}", below(learned, estimated)),
+        binary=at_most(binary[-2], 1, bce[-1]), pairs=(f"{beta:g} times the task's", beta > 1),
+        detour=(f"{listed(optimum)} against {listed(dpo)}", below(optimum, dpo)),
+        optimiser=(listed(online), max(online) <= 0.01),
+        exploitation=(f"{number(min(more), '+.2g')} to {number(max(more), '+.2g')}", min(more) > 0))
+    return made
+
+
+# ---------------------------------------------------------------- the page
+def tables(told):
+    """{name: Markdown}, of the files that are there."""
+    made = dict(machines=machines_table(told)) if MACHINES.keys() <= told.keys() else {}
+    made |= budget_tables(told) if {"claims", "budget"} <= told.keys() else {}
+    for name, of in dict(claims=claims_tables, pairs=pairs_tables, kto=kto_tables).items():
+        made |= of(told[name]) if name in told else {}
+    texts = {name: "\n".join(f"| {' | '.join(row)} |" for row in [
+        rows[0], ["---"] * len(rows[0]), *rows[1:]]) for name, rows in made.items()}
+    if "claims" in told:
+        texts["full"] = f"```\n{figures.table(told['main'])}\n```"
+    return texts
+
+
+def filled(page, texts):
+    """The page with its tables, each between <!-- its name --> and the next <!-- end -->."""
+    for name, text in texts.items():
+        before, marker, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        page = f"{before}{marker}\n{text}\n\n{end}{after}" if end else page
+    return page
+
+
+def fill(folder):
+    """Tables and pictures of folder/README.md; where there is none, of a copy of this one."""
+    told, path = read(folder), Path(folder, "README.md")
+    page = path if path.exists() else Path(__file__).with_name("README.md")
+    page = filled(page.read_text(encoding="utf-8"), tables(told))
+    save(path, lambda partial: Path(partial).write_text(page, encoding="utf-8"))
+    if "claims" in told:
+        figures.draw_claims(told["main"], folder)
+    if {"claims", "budget"} <= told.keys():
+        lines = {"dpo, the same pairs": at_sizes(told, "dpo")} | {
+            words: at_sizes(told, f"{which}, train", "model") for which, words in (
+                ("optimum", "the model's optimum"), *((n, f"{n} on the model") for n in ONLINE))}
+        gains = [[[run["gained"] for run in runs] for runs in at_sizes(told, name, "model")]
+                 for name in ("optimum, by_model", "optimum, train")]
+        figures.draw_budget(
+            learning(told), [size // 2 for size in sizes_of(told)],
+            {words: [*map(lost, runs)] for words, runs in lines.items()}, [*zip(*gains)], folder)

@@ -1,0 +1,201 @@
+"""on_the_toy.py and memory.py. They are skipped where TRL is missing."""
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import memory
+import on_the_toy as toy
+
+import data
+import train
+import una
+from helpers import moved, near, toy_gpt
+from lab import exact, run
+
+pytest.importorskip("trl")
+torch.set_num_threads(1)
+FLAGS = "--level 1 --judged 200 --reference-steps 20 --n-layer 2 --n-head 2 --n-embd 16".split()
+# 651 responses to each of four prompts: the reward is the first word's fit to the mood.
+LANGUAGE = dict(
+    TRAIN_PROMPTS=data.TRAIN_PROMPTS[:3], HELDOUT_PROMPTS=data.HELDOUT_PROMPTS[:1], MAX_TOKENS=2,
+    sentences=lambda n, rng: ([rng.choice(data.PROMPTS) for _ in range(n)],
+                              [f" {rng.choice([*data.ADJECTIVES])}" for _ in range(n)]),
+    reward=lambda prompts, responses: data.FITS[prompts[:, 0].cpu(), responses[:, 0].cpu()])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An export in the small language: its folder, and reference and feedback made anew."""
+    folder = tmp_path_factory.mktemp("toys") / "seed-3"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LANGUAGE.items():
+            patch.setattr(data, name, value)
+        toy.main(["write", str(folder), "--seed", "3", *FLAGS])
+        settings = train.parse([*FLAGS, "--device", "cpu"])
+        reference = train.train_reference(settings, 3)
+        feedback = train.collect_feedback(settings, 3, reference)
+        yield SimpleNamespace(folder=folder, reference=reference, feedback=feedback)
+
+
+# ---------------------------------------------------------------- the model and its tokenizer
+def test_the_exported_gpt2_has_the_models_logits_also_beside_padding(tmp_path):
+    ours = toy_gpt()
+    toy.to_transformers(ours).save_pretrained(tmp_path)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path).train()  # no dropout there either
+    tokens = torch.randint(26, (50, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(7) < (torch.arange(50) % 7 + 1)[:, None]
+    expected, back = ours(tokens), toy.from_transformers(hf)
+    assert back.config == ours.config and torch.equal(back(tokens), expected)
+    assert hf.dtype == torch.float32 and expected.std() > 1
+    with torch.no_grad():
+        assert near(hf(tokens).logits, expected, 1e-4)
+        padded = hf(tokens.where(mask, data.EOT), attention_mask=mask.long()).logits
+        assert near(padded[mask], expected[mask], 1e-4)
+        # This matrix is square: the wrong way round it would load as well.
+        hf.transformer.h[1].attn.c_proj.weight.copy_(ours.h[1].attn.c_proj.weight)
+        assert not near(hf(tokens).logits, expected, 0.1)
+
+
+def test_the_tokenizer_is_the_encoding_and_reads_whatever_it_writes(tmp_path):
+    toy.tokenizer().save_pretrained(tmp_path)
+    words = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*data.PROMPTS, "", " still", " : night furious dancing", "sad sea : bright sea"]:
+        tokens = data.ENCODING.encode(text)
+        assert words(text)["input_ids"] == tokens and words.decode(tokens) == text
+        assert words(text + "<|endoftext|>")["input_ids"] == [*tokens, data.EOT]
+    for tokens in ([i, j] for i in range(26) for j in range(26)):          # "happyhappy" too
+        assert words.decode(tokens) == data.ENCODING.decode(tokens)
+        assert words(words.decode(tokens))["input_ids"] == tokens
+    assert words.eos_token_id == words.pad_token_id == data.EOT and len(words) == 26
+    for unknown in ("happy  sea :", " brightest", " blue"):
+        with pytest.raises(Exception, match="UNK"):
+            words(unknown)
+
+
+# ---------------------------------------------------------------- write, evaluate
+def rows(batch, chosen=(), rejected=(), binary=(), scored=()):
+    """What the files should say of some responses of a batch."""
+    x, y = zip(*((i[:3].tolist(), i[kept].tolist()) for i, kept in zip(batch.tokens, batch.mask)))
+    return ([dict(prompt=x[i], chosen=y[i], rejected=y[j]) for i, j in zip(chosen, rejected)]
+            + [dict(prompt=x[i], completion=y[i], label=bool(batch.labels[i])) for i in binary]
+            + [dict(prompt=x[i], completion=y[i], score=batch.scores[i].item()) for i in scored])
+
+
+def test_the_files_are_the_feedback_that_train_py_collects(exported):
+    feedback, kinds = exported.feedback, ("pairs", "binary", "scores", "mixed")
+    pairs, binary, scores, mixed = (toy.read(exported.folder / f"{kind}.jsonl") for kind in kinds)
+    assert pairs == rows(feedback, *feedback.pairs.T) and len(pairs) < 100    # no identical ones
+    assert binary == rows(feedback, binary=range(200))
+    assert scores == rows(feedback, scored=range(200))
+    of = next(data.stored_batches("mixed", feedback, 200, seed=0))            # all, shuffled
+    expected = rows(of, of.chosen, of.rejected, of.binary, of.scored)
+    assert sorted(mixed, key=str) == sorted(expected, key=str)
+    completions = [row["completion"] for row in binary]
+    assert {len(y) for y in completions if data.EOT not in y} == {2}          # they were cut off
+    assert {y.index(data.EOT) - len(y) for y in completions if data.EOT in y} == {-1}
+
+
+def test_a_policy_is_measured_as_train_py_measures_it(exported, tmp_path, capsys):
+    policy = moved(exported.reference, scale=0.3)
+    toy.to_transformers(policy).save_pretrained(tmp_path)
+    reached = toy.evaluate(exported.folder, tmp_path)
+    for split, prompts in (("train", data.TRAIN_PROMPTS), ("heldout", data.HELDOUT_PROMPTS)):
+        world = exact.World(exported.reference, prompts, 0.25, level=1.0)
+        expected = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
+        assert reached[split] == pytest.approx(expected, abs=1e-6) and expected["lost"] > 1.1
+    toy.main(["evaluate", str(exported.folder), f"{exported.folder}/reference"])
+    assert [line.split()[-3::2] for line in capsys.readouterr().out.splitlines()] == [
+        ["KL", "lost"], ["0.000", "100.00%"], ["0.000", "100.00%"]]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("evaluate . wider", "on_the_toy.py: wider: n_head is 4, the reference's is 2"),
+    ("evaluate . gelu",
+     "on_the_toy.py: gelu: activation_function is gelu, the reference's is gelu_new"),
+    ("evaluate . nowhere", "on_the_toy.py: [Errno 2] No such file or directory: 'nowhere"),
+    ("write nowhere --judged 23", "train.py: --judged must be even and at least 24, got 23")])
+def test_a_mistake_is_one_line_and_status_2(arguments, message, exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported.folder)
+    AutoConfig.from_pretrained("reference", n_head=4).save_pretrained("wider")
+    AutoConfig.from_pretrained("reference", activation_function="gelu").save_pretrained("gelu")
+    with pytest.raises(SystemExit) as ended:
+        toy.main(arguments.split())
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith(message)
+
+
+# ---------------------------------------------------------------- TRL
+def trl_and_us(exported, method, steps, out):
+    """TRL's trainer of a method for the export, and train.py's batches, of 48 responses both."""
+    settings = train.parse(f"--steps {steps} --batch 48 --seed 7 --device cpu".split())
+    trainer = toy.trl_trainer(exported.folder, method, out, settings, 4e-3, 0.25)
+    return trainer, train.stored_batches(train.METHODS[method], exported, 48, 7, torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_trl_has_train_pys_losses_and_ends_where_it_does(name, exported, tmp_path):
+    # kto too, as its two estimates of z_0 differ, but both are cut off at 0 here.
+    trainer, batches = trl_and_us(exported, name, 40, tmp_path)  # two of them are the ramp up
+    policy, losses = moved(exported.reference, scale=0), []
+    train.align(train.METHODS[name]._replace(learning_rate=4e-3), policy, batches, 0.25, 40,
+                look=lambda step, seconds, loss: losses.append(loss), at=range(1, 41))
+    assert trainer.train().training_loss == pytest.approx(sum(losses) / 40, abs=1e-5)
+    theirs, ours, start = (
+        train.logprob(model, exported.feedback.tokens, exported.feedback.mask)
+        for model in (toy.from_transformers(trainer.model), policy, exported.reference))
+    assert (ours - start).abs().mean() > 0.5 and near(theirs, ours, 1e-4)
+
+
+def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(exported, tmp_path):
+    trainer, batches = trl_and_us(exported, "kto", 1, tmp_path)
+    our, policy = next(batches), moved(exported.reference, scale=0)
+    others = torch.cat([our.tokens[:, :3], our.tokens[:, 3:].roll(1, 0)], 1), our.mask.roll(1, 0)
+    likelier = train.METHODS["kto"]._replace(loss=lambda *_: -train.logprob(policy, *others))
+    train.align(likelier, policy, batches, 0.25, 30)             # or z_0 would be cut off at 0
+    trainer.model.transformer.load_state_dict(toy.transposed(policy.state_dict()))
+    with torch.no_grad():
+        logprob, ref_logprob, policy_kl, ref_kl = (
+            train.logprob(model, *responses) for responses in ((our.tokens, our.mask), others)
+            for model in (policy, exported.reference))
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert (policy_kl - ref_kl).mean() > 0.1
+    losses = una.kto_loss(logprob, ref_logprob, our.labels, policy_kl, ref_kl, 0.25)
+    assert near(loss, losses.mean(), 1e-5)
+
+
+# ---------------------------------------------------------------- compare, memory.py
+def test_on_all_feedback_at_once_three_trainers_are_one_and_compare_goes_on(exported, monkeypatch):
+    path = exported.folder.parent / "on_the_toy.json"
+    flags = "--seed 3 --seeds 1 --jobs 1 --batch 200 --steps 3"  # of so few none is a ramp up
+    command = ["compare", str(path.parent), *flags.split(), *FLAGS]
+    toy.main(command)
+    told = toy.read(path)
+    ours = {row["method"]: row for row in told["runs"] if row["by"] == "train.py"}
+    assert len(told["runs"]) == 6 + 3 + 2 + 5 and all(row["kl"] > 1e-3 for row in ours.values())
+    for row in told["runs"]:
+        assert row == pytest.approx(ours[row["method"]] | dict(by=row["by"]), abs=1e-5)
+    missing = next(row for row in told["runs"] if row["by"] == "own_model.py")
+    run.write_json(path, told | dict(runs=[row for row in told["runs"] if row != missing]))
+    for name in ("write", "train_by_trl", "runs_by_train_py"):
+        monkeypatch.setattr(toy, name, None)
+    toy.main(command)
+    assert toy.read(path) == told
+
+
+def test_memory_is_dpos_by_both_trainers_and_other_devices_stay(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(memory, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    path = tmp_path / "memory.json"
+    path.write_text('{"a GPU": 7}', encoding="utf-8")
+    memory.main(path, dict(vocab_size=40, n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    other, here = toy.read(path).values()
+    held = {row["by"]: row["bytes"] for row in here["runs"]}
+    assert other == 7 and [*held] == ["own_model.py", "TRL"] and min(held.values()) > 1e6
+    losses = re.findall(r"'loss': '?([\d.]+)", capfd.readouterr().out)        # log 2, at first
+    assert [*map(float, losses)] == pytest.approx([0.6931] * 2 * len(here["runs"]), abs=1e-3)

@@ -1,0 +1,194 @@
+"""How the tables read runs, compare them and write a cell. Knows no training.
+
+Differences are paired by seed, since a seed is one reference and one feedback. A verdict needs all
+of them to agree in sign: of eight that chance alone would bring about once in 128.
+"""
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from lab import figures
+
+METHODS = ("una-pair", "una-binary-mse", "una-binary-bce", "una-binary-learned", "una-score",
+           "una-score-estimated", "una-score-learned", "una-reward-estimated", "una-mixed", "dpo",
+           "kto", "una-online", "una-online-score", "ppo")                    # train.py's
+MACHINES = {"default": "here", "default-cpu": "another CPU", "default-h100": "NVIDIA H100"}
+# Words for: all differences below 0, all above 0, neither.
+VERDICTS = ("replicates", "does not: the reverse", "does not: no difference shown")
+ANSWERS = ("yes", "no: the reverse", "no difference shown")
+
+
+# ---------------------------------------------------------------- which runs
+def read(folder):
+    """{name of a JSON file: what it says}, of those that are there; and "main", claims.json as if
+    train.py had written it: the methods on the judge's reward, at level 0.
+
+    A run is called by its method and, unless METHODS has a name for both, by what it has for
+    f(x) + c: "una-score, constant". The knobs of its cell are fields of it too. On a reward model
+    "ppo, train" is a run by the judge's measure, "ppo, by_model" the same run by the model's; and
+    so for "optimum", the model's own.
+    """
+    told = {}
+    for name in ("claims", "budget", "pairs", "kto", *MACHINES):
+        if (path := Path(folder, f"{name}.json")).exists():
+            text = path.read_text(encoding="utf-8")
+            told[name] = json.loads(text.replace("null", "Infinity"))   # lost by what diverged
+            for kind in ("tuning", "runs", "dots", "models"):
+                for entry in told[name].get(kind, ()):
+                    entry |= entry.get("cell", {}) | dict(method=name_of(**entry))
+    for model in told.get("budget", {}).get("models", ()):
+        for which in ("optimum", "una-online", "ppo"):
+            for by in ("train", "by_model"):
+                run = dict(model, method=f"{which}, {by}", reward="model", **model[which])
+                if by in run:
+                    run["train"] = run[by]
+                    run["gained"] = run[by]["reward"] - model["reference"][by]["reward"]
+                told["budget"]["runs"].append(run)
+    if claims := told.get("claims"):
+        told["main"] = claims | dict(runs=[run for name in METHODS
+                                           for run in reported(claims, name)])
+    return told
+
+
+def name_of(method, offset="zero", **_):
+    own = f"{method.removesuffix('-bce')}-{offset}"
+    return own if own in METHODS else method if offset == "zero" else f"{method}, {offset}"
+
+
+def pick(runs, **fields):
+    return [run for run in runs if fields.items() <= run.items()]
+
+
+def reported(file, name, level=0.0, reward="judge", judged=None, **fields):
+    """Runs, one a seed; where a name has several cells, those of the first: its best."""
+    judged = judged or max(run["judged"] for run in file["runs"])
+    runs = pick(file["runs"], method=name, level=level, reward=reward, judged=judged, **fields)
+    return [run for run in runs if run["cell"] == runs[0]["cell"]]
+
+
+def lost(runs):
+    return [figures.lost(run) for run in runs]
+
+
+def seconds(runs, goal=None):
+    """Of training, or until a share of the possible gain is there."""
+    if goal is None:
+        return [run.get("seconds", math.inf) for run in runs]
+    return [crossing([(point["seconds"], point["regret"] / run["curve"][0]["regret"])
+                      for point in run.get("curve", ())], goal) for run in runs]
+
+
+def crossing(points, goal):
+    """At which x of points (x, lost) that share of the possible gain is there; −∞: from the first
+    point on. Between two points, log lost is taken as linear."""
+    allowed = 1 - goal
+    if points and points[0][1] <= allowed:
+        return -math.inf
+    for (x, before), (beyond, after) in pairwise(points):
+        if after <= allowed:
+            endless = before == math.inf                         # then not before the later point
+            done = 1 if endless else math.log(before / allowed) / math.log(before / after)
+            return x + done * (beyond - x)
+    return math.inf
+
+
+# ---------------------------------------------------------------- cells
+def number(value, form=".3g"):
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    text = f"{value:{form}}"
+    text = f"{value:{form[:-2]}0f}" if "e+" in text else text    # no exponents
+    return text.replace("-", "−").replace("e−0", "e−")
+
+
+def percent(share, form=".3g"):
+    return f"{number(100 * share, form)} %"
+
+
+def ranged(values, unit="", form=".2g", ends="()", to=" to "):
+    """median (least to largest)"""
+    middle, *both = (number(of(values), form) for of in (median, min, max))
+    return f"{middle}{unit} {ends[0]}{to.join(both)}{ends[1]}"
+
+
+def shares(values):
+    return ranged([100 * value for value in values], " %") if values else "–"
+
+
+def span(differences, words, form="+.2g", unit=""):
+    """Two cells: the median of differences with their range, and the word for their common sign.
+    Where both diverged there is no difference, and no word."""
+    if any(math.isnan(value) for value in differences):
+        return ["–", "–"]
+    less, more = (all(times * value > 0 for value in differences) for times in (-1, 1))
+    return [unit + ranged(differences, "", form, "[]", ", "),
+            words[0 if less else 1 if more else 2]]
+
+
+def less(ours, theirs, words=VERDICTS):
+    """Three cells: do our runs lose less? Differences are in percent of the possible gain."""
+    ours, theirs = lost(ours), lost(theirs)
+    return [f"{shares(ours)} against {shares(theirs)}",
+            *span([100 * (a - b) for a, b in zip(ours, theirs, strict=True)], words)]
+
+
+def sooner(ours, theirs):
+    """Three cells: are ours fewer seconds? The ratio is theirs over ours."""
+    here = f"{number(median(ours))} s against {number(median(theirs))} s"
+    arrive = [sum(value < math.inf for value in values) for values in (ours, theirs)]
+    if min(arrive) < len(ours):
+        here += f"; {arrive[0]} and {arrive[1]} of {len(ours)} seeds arrive"
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    return [here, span(ratios, ANSWERS, ".3g", "× ")[0], span([1 - x for x in ratios], VERDICTS)[1]]
+
+
+def bad(shares):
+    """How many ended below the reference, or in no numbers."""
+    return f"{sum(share > 1 for share in shares)} of {len(shares)}"
+
+
+def cell_text(cell):
+    words = dict(beta_multiple="β × ", epochs="inner steps ", divide="divided: ",
+                 leave_one_out="leave one out: ")
+    return ", ".join(words.get(knob, "") + (("no", "yes")[value] if isinstance(value, bool)
+                                            else f"{value:g}") for knob, value in cell.items())
+
+
+def edges(grid, best):
+    """Which knobs of a grid, of learning rate and beta, end with the best row's value."""
+    return [words for knob, words in (("learning_rate", "learning rate"), ("beta_multiple", "β"))
+            if knob in best and best[knob] in (min(row[knob] for row in grid),
+                                               max(row[knob] for row in grid))]
+
+
+def code(name, *more):
+    method, *offset = name.split(", ")
+    return ", ".join([f"`{method}`", *offset, *more])
+
+
+def needed(points, goal, weight=1):
+    """A cell: judged responses until the median has gained that share, both on a log scale; and in
+    parentheses the judgements, where they are fewer."""
+    value = math.exp(crossing([(math.log(x), median(values)) for x, values in points], goal))
+    if value == math.inf:
+        return f"> {points[-1][0]:,}"
+    least = "" if value else "≤ "                                # from the first point on
+    text = two_digits(value) if value else f"≤ {points[0][0]:,}"
+    return text + f" ({least}{two_digits(weight * (value or points[0][0]))})" * (weight < 1)
+
+
+def two_digits(value):
+    return f"{float(f'{value:.2g}'):,.0f}"
+
+
+def predicted(file, **found):
+    """found: what was found of each prediction, and whether it holds."""
+    return [["expected", "found", ""], *(
+        [text, found[key][0], "holds" if found[key][1] else "does not hold"]
+        for key, text in file["predictions"].items())]
+
+
+def at_most(ours, times, theirs, words="against"):
+    return f"{percent(ours)} {words} {percent(theirs)}", ours <= times * theirs
