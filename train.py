@@ -407,6 +407,8 @@ def run_method(settings, seed, name, shared):
     entry = dict(method=name, seed=seed, beta=settings.beta, method_beta=beta,
                  learning_rate=method.learning_rate)
     curve = [point(0, 0.0, exact.evaluate(world, world.ref_logprobs))]
+    judged = torch.zeros_like(world.rewards, dtype=torch.bool)   # (X, Y): what it learned from
+    batches = exact.noting(batches, world, judged)
 
     def look(step, seconds, loss):
         reached = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
@@ -421,6 +423,7 @@ def run_method(settings, seed, name, shared):
     except FloatingPointError as error:
         return entry | dict(diverged=str(error))
     entry |= {split: exact.evaluate(shared.worlds[split], end) for split, end in ends.items()}
+    entry["train"] |= exact.lost_parts(world, ends["train"], judged)
     curve.append(point(settings.steps, entry["seconds"], entry["train"], loss=entry["loss"]))
     if fresh:
         entry["state_bytes"] += frozen_bytes(shared)

@@ -121,6 +121,10 @@ def rlhf_objective(logprobs, ref_logprobs, rewards, beta):
 #     sums to 1, lambda = Z_f(x), another number for each prompt. With f = 0 this is Eq. 4† and 20†:
 #         pi* = pi_ref e^{r/beta} / Z(x).
 # Eq. 19†: the value there is beta log lambda(x) + f(x) = beta log Z(x).
+# What a policy misses is a KL. With f = 0 the b_y above are Z pi*, so Eq. 15 says for every pi
+#         J(x) = -beta sum_y pi log( pi / (Z(x) pi*) ) = beta log Z(x) - beta KL(pi || pi*):
+#     it is as good as it is near to pi*. The share of the possible gain that it loses, from what
+#     pi_ref has to the maximum, is KL(pi || pi*) / KL(pi_ref || pi*).
 # Larger beta, smaller KL. Let 1 and 2 be the optima of b_1 < b_2, with rewards R and KLs K. Neither
 #     is beaten by the other at its own beta:
 #         R_1 - b_1 K_1 >= R_2 - b_1 K_2,     R_2 - b_2 K_2 >= R_1 - b_2 K_1.

@@ -6,9 +6,6 @@ Stored feedback on 1200, 9600 and 76,800 judged responses, each method tuned at 
 reward models of the pairs among these, with their exact optima. All of it at level 1, by the rules
 of lab/claims.py, whose claims.json has what 76,800 judged responses bring.
 """
-import json
-from pathlib import Path
-
 from lab import campaign
 from lab.campaign import REPORTED_SEEDS, Run, at, results
 
@@ -75,12 +72,10 @@ def model_lost(lab, title, runs):
 
 def settle(lab):
     """What budget.json says; the cells of the online methods are claims.json's."""
+    best = campaign.settled(lab)
     lost, chosen = campaign.tune(GRIDS, MOVES, campaign.lost_of(lab))
     told = [at(key, cell) for key, cell in chosen.items()] + explained(chosen)
-    claims = json.loads(Path(lab.folder, "claims.json").read_text(encoding="utf-8"))
-    best = {(row["method"], row["reward"]): tuple(row["cell"].items()) for row in claims["tuning"]
-            if row["best"] and row["method"] in ONLINE}
-    told += [Run(name, level=1.0, cell=best[name, "judge"], points=11) for name in ONLINE]
+    told += [Run(name, level=1.0, cell=best[Run(name)], points=11) for name in ONLINE]
     runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in told
                                            for seed in REPORTED_SEEDS])
     lost_models, cells = campaign.tune(MODEL_GRIDS, MOVES, lambda *what: model_lost(lab, *what))
@@ -88,7 +83,7 @@ def settle(lab):
     for key, cell in cells.items():
         beta = ("beta_multiple", dict(cell)["beta_multiple"])
         models += [at(key, cell, seed=seed, look=tuple(
-            Run(name, level=1.0, cell=(*best[name, "model"], beta), seed=seed, points=6)
+            Run(name, level=1.0, cell=(*best[Run(name, reward="model")], beta), seed=seed, points=6)
             for name in ONLINE)) for seed in REPORTED_SEEDS]
     return dict(predictions=PREDICTIONS,
                 tuning=campaign.rows_of(lost, chosen) + campaign.rows_of(lost_models, cells),

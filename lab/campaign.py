@@ -157,8 +157,7 @@ def tune(grids, moves, lost_of):
         new = {key: [cell for cell in cells_of(grid) if cell not in lost[key]]
                for key, grid in grids.items()}
         run_all(f"grids, move {move}", first, new.get)
-        if move < moves:
-            grids = {key: grown(grid, *best(key)) for key, grid in grids.items()}
+        grids = {key: grown(grid, *best(key)) for key, grid in grids.items()}
     for count, seed in zip(KEPT, others):
         kept = {key: best(key, count) for key in grids}
         run_all(f"the better {count}", seed, kept.get)
@@ -171,6 +170,13 @@ def rows_of(lost, chosen, **more):
                         judged=key.judged, cell=dict(cell), best=cell == chosen[key],
                         lost=[share if share < math.inf else None for share in shares])
             for key in lost for cell, shares in lost[key].items()]
+
+
+def settled(lab):
+    """{a Run without a cell: its best cell}, by the claims.json in the Lab's folder."""
+    claims = json.loads(Path(lab.folder, "claims.json").read_text(encoding="utf-8"))
+    return {Run(**{name: row[name] for name in ("method", "offset", "level", "reward", "judged")}):
+            tuple(row["cell"].items()) for row in claims["tuning"] if row["best"]}
 
 
 def lost_of(lab):

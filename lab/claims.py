@@ -106,7 +106,7 @@ def settle(lab):
     films = results(lab, "films", [
         at(key, cells[key], seed=REPORTED_SEEDS[0], look="film",
            points=variants.FRAMES if key in MOVING else 2) for key in FILMED])
-    reference, optimum = ([results(lab, name, [Run(name, seed=seed)])[0] for seed in REPORTED_SEEDS]
+    reference, optimum = (results(lab, name, [Run(name, seed=seed) for seed in REPORTED_SEEDS])
                           for name in ("reference", "optimum"))
     for entry in optimum[1:]:                                    # the picture has one frontier
         del entry["frontier"]

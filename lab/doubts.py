@@ -10,8 +10,6 @@ run. Beside them stands what the exact optimum of each beta loses: where dpo end
 kto: KTO's reference point z_0 is the mean log pi/pi_ref of mismatched pairs, cut off at 0. In the
 map of methods it is what stands for f(x) + c. How often is it 0, and what does kto lose without it?
 """
-import json
-from pathlib import Path
 from statistics import median
 
 from lab import campaign
@@ -54,9 +52,8 @@ def pairs(lab):
 
 def kto(lab):
     """What kto.json says."""
-    claims = json.loads(Path(lab.folder, "claims.json").read_text(encoding="utf-8"))
-    cells = {row["level"]: tuple(row["cell"].items()) for row in claims["tuning"]
-             if row["method"] == "kto" and row["best"]}
+    best = campaign.settled(lab)
     return dict(predictions=KTO_PREDICTIONS, runs=results(lab, "kto, with z_0 and without", [
-        Run(method, level=level, cell=cells[level], seed=seed, look=look) for level in cells
-        for seed in REPORTED_SEEDS for method, look in (("kto", "zeros"), ("kto-without", "end"))]))
+        at(key, best[key], method=method, seed=seed, look=look)
+        for key in (Run("kto"), Run("kto", level=1.0)) for seed in REPORTED_SEEDS
+        for method, look in (("kto", "zeros"), ("kto-without", "end"))]))

@@ -2,7 +2,8 @@
 
     all_responses, all_logprobs    every response there is, and log pi(y|x) of each
     World                          what is known of some prompts before any policy: r, pi_ref, J*
-    evaluate                       what a policy reaches there: reward, KL, J, regret
+    evaluate                       what a policy reaches there: reward, KL, J, regret, lost
+    lost_parts                     where it lost that: on what was judged, or elsewhere
 
 X prompts, Y responses. Float64 on the CPU, but for what a model computes in its own precision.
 """
@@ -192,6 +193,47 @@ def reward_dots(world, logprobs):
                                    world.optimum[:, None])
     return [[round(value, 3) for value in rewards[likely].tolist()]
             for rewards in (world.rewards, implicit)]
+
+
+# ---------------------------------------------------------------- where what is lost is lost
+# What is lost is KL(pi || pi*), in units of KL(pi_ref || pi*) (una.py, below Eq. 19). Let D be the
+# responses to x that anyone judged, m and m* the mass that pi and pi* give them. By the chain rule
+#     KL(pi || pi*) =  m KL(pi|D || pi*|D)                                              judged
+#                    + m log m/m* + (1-m) log (1-m)/(1-m*) + (1-m) KL(pi|D' || pi*|D')  unjudged
+# where D' is what nobody judged. Both are at least 0: a bias, and a leak of probability.
+def lost_parts(world, logprobs, judged):
+    """The two parts of lost, which add up to it, and pi's mass outside of D, mean over the prompts.
+
+    logprobs, judged (X, Y), the latter bool: is the response in D?
+    """
+    optimum, _ = una.optimal_policy(world.ref_logprobs, world.rewards, world.beta)
+    log_m, log_best = (part.where(judged, -math.inf).logsumexp(1) for part in (logprobs, optimum))
+    m, terms = log_m.exp(), logprobs.exp() * (logprobs - optimum)
+    bias = terms.where(judged, 0.0).sum(1) - (m * (log_m - log_best)).where(m > 0, 0.0)
+    unit = world.gain.mean().item() / world.beta                 # KL(pi_ref || pi*)
+    whole, bias = terms.sum(1).mean().item() / unit, bias.mean().item() / unit
+    return dict(judged=bias, unjudged=whole - bias, unjudged_mass=1 - m.mean().item())
+
+
+def index_of(responses, vocab_size, eot):
+    """Where responses (N, max_tokens), filled with eot, stand in all_responses: (N,)."""
+    W, length = vocab_size - 1, (responses != eot).sum(1)
+    words = responses - (responses > eot).long()                 # numbered without the eot
+    place = torch.zeros_like(length)
+    for t in range(responses.shape[1]):                          # a number of `length` digits
+        place = torch.where(t < length, place * W + words[:, t], place)
+    shorter = torch.tensor([0] + [W ** n for n in range(responses.shape[1])]).cumsum(0)
+    return shorter.to(length.device)[length] + place
+
+
+def noting(batches, world, judged):
+    """The batches as they are; judged (X, Y) becomes True where one of their responses stands."""
+    prompts = world.prompts
+    for batch in batches:
+        x, y = batch.tokens.cpu().split([data.PROMPT_TOKENS, data.MAX_TOKENS], dim=1)
+        prompt = (x[:, None] == prompts).all(-1).long().argmax(1)
+        judged[prompt, index_of(y, data.ENCODING.n_vocab, data.EOT)] = True
+        yield batch
 
 
 # ---------------------------------------------------------------- the frontier

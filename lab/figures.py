@@ -39,9 +39,15 @@ def line(run):
 def table(results):
     """A line for each method: medians over the seeds that ended, and the range of what was lost if
     there are several. All figures are of the training prompts but the lost share of the others.
-    frontier: the reward gained, as a share of what the frontier gains at the same KL."""
+    lost = judged + unjudged, exact.lost_parts's; where runs do not have them frontier: the reward
+    gained, as a share of what the frontier gains at the same KL."""
+    parted = any("judged" in run.get("train", ()) for run in results["runs"])
     columns = {"reward": "{:z.3f}", "KL": "{:z.3f}", "J": "{:z.3f}", "lost": "{:z.2%}",
                "held-out": "{:z.2%}", "frontier": "{:z.1%}", "seconds": "{:.1f}"}
+    if parted:
+        columns = dict(reward="{:z.3f}", KL="{:z.3f}", J="{:z.3f}") | {
+            "lost =": "{:z.2%}", "judged +": "{:z.2%}", "unjudged": "{:z.2%}",
+            "held-out": "{:z.2%}", "seconds": "{:.1f}"}
     starts = {entry["seed"]: entry["train"]["reward"] for entry in results["reference"]}
 
     def cells(entry):
@@ -49,8 +55,10 @@ def table(results):
         frontier = math.nan                                      # where nothing moved
         if reached["kl"] > 1e-6:
             frontier = (reached["reward"] - start) / (reached["frontier_reward"] - start)
+        parts = [reached.get(part, math.nan) for part in ("judged", "unjudged")]
         return [reached["reward"], reached["kl"], reached["objective"], reached["lost"],
-                entry["heldout"]["lost"], frontier, entry.get("seconds", math.nan)]
+                *(parts if parted else ()), entry["heldout"]["lost"],
+                *(() if parted else (frontier,)), entry.get("seconds", math.nan)]
 
     lines = [f"{'':<20}" + "".join(f"{heading:>9}" for heading in columns)]
     for name, entries in rows(results).items():

@@ -130,11 +130,14 @@ def trained(its, settings, shared):
     policy, batches, value, offsets = train.begin(method, settings, its.seed, shared,
                                                   given_offsets(its, shared, beta))
     others = train.fresh_batches(policy, value, shared, settings.batch, its.seed + 10**6, its.level)
+    judged = torch.zeros_like(worlds["train"].rewards, dtype=torch.bool)
+    batches = exact.noting(batches, worlds["train"], judged)
 
     def look(step, seconds, loss):
         logprobs = exact.policy_logprobs(policy, worlds["train"].prompts)
         told.update({split: exact.evaluate(world, logprobs) for split, world in worlds.items()
                      if split != "heldout"})
+        told["train"] |= exact.lost_parts(worlds["train"], logprobs, judged)
         curve.append(train.point(step, seconds, told["train"], loss=loss))
         if fresh and its.points > 1:
             curve[-1]["gradient_noise"] = gradient_noise(method.loss, policy, others, beta)
@@ -275,6 +278,7 @@ def as_rewarded(world, rewards, beta):
     return other
 
 
+@torch.no_grad()
 def reward_model_report(shared, policy, seed):
     """How good a reward model is, and what a policy made of it: of some 4096 samples.
 
@@ -288,8 +292,7 @@ def reward_model_report(shared, policy, seed):
     by_model, by_judge = [], []
     for model in (shared.reference, policy):
         y, mask = sample(model, x, data.MAX_TOKENS, data.EOT, generator)
-        with torch.no_grad():
-            by_model.append(train.model_reward(shared.reward_model, *data.join(x, y, mask)).cpu())
+        by_model.append(train.model_reward(shared.reward_model, *data.join(x, y, mask)).cpu())
         by_judge.append(data.reward(x, y))
     model_gap, judge_gap = (rewards[0][0::2] - rewards[0][1::2] for rewards in (by_model, by_judge))
     differ = judge_gap.abs() > 1e-6

@@ -1,0 +1,662 @@
+"""The campaigns: what is run and kept, how cells are chosen, what the plans ask for, and what
+lab/variants.py trains and measures. All runs are in a language of 651 responses to a prompt."""
+import copy
+import functools
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from helpers import close, gradient, moved, near, normals
+from lab import __main__ as command
+from lab import budget, campaign, claims, doubts, exact, figures, run, tables, variants
+from lab.campaign import REPORTED_SEEDS, TUNING_SEEDS, Run
+from model import ScalarGPT
+
+TRAIN_PROMPTS = data.TRAIN_PROMPTS
+LAB = campaign.Lab("", 1, tuple("--n-embd 8 --n-head 1 --n-layer 1 --batch 48 --steps 3 --judged 48"
+                                " --reference-steps 8 --device cpu".split()))
+
+
+@pytest.fixture(autouse=True)
+def small_language(monkeypatch):
+    """Prompts of three moods and three levels, answered by a word; it is good if it suits the mood.
+    """
+    small = dict(
+        MAX_TOKENS=2, TRAIN_PROMPTS=data.PROMPTS[1:12:5], HELDOUT_PROMPTS=data.PROMPTS[:1],
+        sentences=lambda n, rng: ([rng.choice(data.PROMPTS) for _ in range(n)],
+                                  [f" {rng.choice([*data.ADJECTIVES])}" for _ in range(n)]),
+        reward=lambda x, y: data.FITS[x[:, 0].cpu(), y[:, 0].cpu()])
+    for name, value in small.items():
+        monkeypatch.setattr(data, name, value)
+
+
+def short(method, offset="zero", level=1.0, **fields):
+    return Run(method, offset, level, **dict(judged=48, steps=3) | fields)
+
+
+@functools.cache
+def prepared(level=1.0, reward="judge", seed=0):
+    """What train.prepare makes, once for all tests. Change nothing of it."""
+    its = short("kto", level=level, reward=reward)
+    return train.prepare(campaign.settings_of(LAB, its), seed)
+
+
+def shared(level=1.0, reward="judge"):
+    """A copy of what a seed's methods share."""
+    return copy.copy(prepared(level, reward)[0])
+
+
+def world(split="train"):
+    return prepared()[0].worlds[split]
+
+
+def entry(its):
+    made = prepared(its.level, its.reward, its.seed)
+    return variants.entry(its, campaign.settings_of(LAB, its), made)
+
+
+def policy(scale=0.3):
+    return moved(shared().reference, scale).double()
+
+
+def everything(feedback=None):
+    """All stored feedback in a batch, in float64."""
+    feedback = feedback or shared().feedback
+    batch = data.take(feedback, torch.arange(len(feedback.tokens)))
+    return SimpleNamespace(**{name: value.double() if value.is_floating_point() else value
+                              for name, value in vars(batch).items()})
+
+
+def trained_by_hand(its, on=None, offsets=None):
+    """The policy at the end of a Run, with no one looking."""
+    settings, method = campaign.settings_of(LAB, its), variants.method_of(its)
+    trained, batches, value, offsets = train.begin(method, settings, its.seed, on or shared(),
+                                                   offsets)
+    train.align(method, trained, batches, 0.25 * method.beta_multiple, its.steps, value, offsets)
+    return trained
+
+
+# ---------------------------------------------------------------- results
+RUNS = [short("una-online", points=2, seed=5), short("una-score", "estimated", level=0.0),
+        short("una-score", "estimated", seed=5)]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The levels that are prepared and the Runs that are made, in order; `stop`: at which Ctrl-C
+    comes."""
+    log = SimpleNamespace(levels=[], runs=[], stop=None)
+    prepare, make = train.prepare, variants.entry
+
+    def recorded_prepare(settings, seed):
+        log.levels.append(settings.level)
+        return prepare(settings, seed)
+
+    def recorded_entry(its, *rest):
+        if its == log.stop:
+            raise KeyboardInterrupt
+        log.runs.append(its)
+        return make(its, *rest)
+    monkeypatch.setattr(train, "prepare", recorded_prepare)
+    monkeypatch.setattr(variants, "entry", recorded_entry)
+    return log
+
+
+def timeless(told):
+    """Without what the clock said, and without look."""
+    if isinstance(told, dict):
+        return {name: timeless(value) for name, value in told.items()
+                if name not in ("seconds", "look")}
+    return [timeless(value) for value in told] if isinstance(told, list) else told
+
+
+def test_results_come_in_order_each_ground_is_prepared_once_and_nothing_is_made_twice(
+        tmp_path, made):
+    lab = LAB._replace(folder=str(tmp_path))
+    told = campaign.results(lab, "all", RUNS)
+    assert sorted(made.levels) == [0.0, 1.0] and sorted(made.runs) == sorted(RUNS)
+    expected = [its._asdict() | dict(cell=dict(its.cell)) | entry(its) for its in RUNS]
+    assert timeless(told) == timeless(expected)
+    made.levels, made.runs = [], []
+    assert campaign.results(lab, "again", [*RUNS[::-1], RUNS[1]]) == [*told[::-1], told[1]]
+    assert made.levels == made.runs == []
+    Path(campaign.path_of(lab, RUNS[1], ".json")).unlink()
+    Path(campaign.path_of(lab, campaign.ground(RUNS[1]), ".pt")).unlink()
+    assert timeless(campaign.results(lab, "lost", RUNS)) == timeless(told)
+    assert (made.levels, made.runs) == ([0.0], [RUNS[1]])
+
+
+def test_a_result_is_named_by_all_that_it_depends_on():
+    its, inner = Run("kto"), Run("ppo")
+    other = dict(method="dpo", offset="exact", level=1.0, reward="model", judged=48, steps=3,
+                 cell=(("epochs", 2),), seed=1, look=(inner,), points=2)
+    assert [*other] == [*Run._fields]
+    names = [(LAB, its), (LAB._replace(flags=()), its),
+             (LAB, its._replace(look=(inner._replace(seed=1),))),
+             *((LAB, its._replace(**{name: value})) for name, value in other.items())]
+    assert len({campaign.path_of(*name, ".json") for name in names}) == len(names) == 13
+
+
+@pytest.mark.parametrize("changed", ["una.py", "model.py", "data.py", "train.py", "lab/exact.py",
+                                     "lab/variants.py", "versions", None])
+def test_a_change_in_the_code_that_trains_or_in_versions_makes_all_anew(
+        changed, monkeypatch, tmp_path):
+    def name():
+        return Path(campaign.path_of(LAB._replace(folder="any", jobs=3), RUNS[0], ".json")).name
+    before, root = Path(campaign.path_of(LAB, RUNS[0], ".json")).name, campaign.ROOT
+    monkeypatch.setattr(campaign, "code", campaign.code.__wrapped__)         # read anew each time
+    monkeypatch.setattr(campaign, "ROOT", tmp_path)
+    (tmp_path / "lab").mkdir()
+    for source in campaign.TRAINS:
+        shutil.copy(root / source, tmp_path / source)
+    if changed == "versions":
+        monkeypatch.setattr(run, "versions", lambda: dict(torch="another"))
+    elif changed:
+        with open(tmp_path / changed, "a", encoding="utf-8") as file:
+            file.write("EXTRA = 2\n")
+    assert (name() == before) == (changed is None)
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, made):
+    told = []
+    monkeypatch.setattr(tables, "fill", told.append)
+    monkeypatch.setitem(command.PLANS, "pairs", lambda lab: dict(
+        runs=campaign.results(lab._replace(flags=LAB.flags), "miniature", RUNS)))
+    monkeypatch.chdir(tmp_path)
+    Path("lab").mkdir()
+    made.stop = RUNS[2]
+    assert command.main(["pairs", "--jobs", "1"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "interrupted. What has ended is in lab/parts: the same command goes on")
+    assert not Path("lab/pairs.json").exists() and not told
+    assert not [*tmp_path.rglob("*.part")]
+    first, made.stop = made.runs[:], None
+    assert command.main(["pairs", "--jobs", "1"]) == 0 and told == ["lab"]
+    assert 0 < len(first) < 3 and sorted(made.runs) == sorted(RUNS)          # each of them once
+    assert sorted(made.levels) == [0.0, 1.0]
+    written = json.loads(Path("lab/pairs.json").read_text(encoding="utf-8"))["runs"]
+    assert [(its["method"], its["level"]) for its in written] == [its[0:3:2] for its in RUNS]
+
+
+@pytest.mark.parametrize("what", ["kto", "budget"])
+def test_without_a_whole_claims_json_there_is_one_line_and_status_2_at_once(
+        what, tmp_path, capsys, monkeypatch):
+    for module in (campaign, doubts):
+        monkeypatch.setattr(module, "results", None)             # nothing is run before
+    for content in (None, "{"):
+        if content:
+            (tmp_path / "claims.json").write_text(content, encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            command.main([what, "--out", str(tmp_path), "--jobs", "1"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("python -m lab: --out ")
+    assert not (tmp_path / f"{what}.json").exists()
+
+
+# ---------------------------------------------------------------- cells
+def tuned(grids, moves, lost):
+    """tune's answer, and the cells that ran on each seed; lost(cell, seed) tells what a run lost.
+    """
+    ran = {seed: [] for seed in TUNING_SEEDS}
+
+    def lost_of(title, runs):
+        for its in runs:
+            assert its.look == "lost"
+            ran[its.seed].append(its._replace(seed=0, look="end"))
+        return [lost(its.cell, its.seed) for its in runs]
+    return campaign.tune(grids, moves, lost_of), ran
+
+
+def test_all_cells_run_on_the_first_seed_and_the_better_8_4_and_2_on_the_others():
+    keys = Run("kto"), Run("ppo", level=1.0)
+    grid = dict(learning_rate=(1, 2, 3, 4), epochs=(1, 2, 3, 4))
+    left, values = campaign.cells_of(grid), torch.rand(16, 4, generator=torch.Generator()).tolist()
+    assert len({*left}) == 16 and left[1] == (("learning_rate", 1), ("epochs", 2))
+    share = dict(zip(left, values))
+    (lost, _), ran = tuned(dict.fromkeys(keys, grid), 0, lambda cell, seed: share[cell][seed - 100])
+    for n, kept in enumerate((16, 8, 4, 2)):
+        left = sorted(left, key=lambda cell: statistics.median(share[cell][:n] or [0]))[:kept]
+        assert sorted(ran[100 + n]) == sorted(key._replace(cell=cell) for key in keys
+                                              for cell in left)
+    assert all(share[cell][:len(of)] == of for key in keys for cell, of in lost[key].items())
+
+
+def test_the_best_has_the_least_median_and_a_run_that_diverged_lost_infinitely_much():
+    # By its least loss cell 1 would be the best, by its mean too; 3 diverges once, 4 on each seed.
+    shares = {1: (0, 0, 9, 9), 2: (1, 1, 1, 50), 3: (2, math.inf, 2, 2), 4: 4 * (math.inf,)}
+    key, grid = Run("kto"), dict(learning_rate=(1, 2, 3, 4))
+    (lost, chosen), _ = tuned({key: grid}, 0, lambda cell, seed: shares[cell[0][1]][seed - 100])
+    assert chosen == {key: (("learning_rate", 2),)}
+    rows = campaign.rows_of(lost, chosen, rule="median")
+    assert [row["lost"] for row in rows] == [[0, 0, 9, 9], [1, 1, 1, 50], [2, None, 2], [None] * 3]
+    assert [row["best"] for row in rows] == [False, True, False, False]
+    assert {row["rule"] for row in rows} == {"median"} and rows[0]["cell"] == dict(learning_rate=1)
+    assert figures.lost(dict(diverged="the loss is inf")) == math.inf
+
+
+def test_a_grid_grows_by_one_value_beyond_the_end_where_its_best_cell_lies_and_no_further():
+    grid = dict(learning_rate=(1e-3, 2e-3, 4e-3), beta_multiple=(0.5, 1, 2), epochs=(1, 2))
+
+    def grown(rate, beta):
+        best = (("learning_rate", rate), ("beta_multiple", beta), ("epochs", 2))
+        new = campaign.grown(grid, best)
+        assert new["epochs"] == (1, 2)
+        return new["learning_rate"], new["beta_multiple"]
+    assert grown(2e-3, 1) == (grid["learning_rate"], grid["beta_multiple"])
+    assert grown(4e-3, 1) == ((1e-3, 2e-3, 4e-3, 8e-3), grid["beta_multiple"])
+    assert grown(1e-3, 2) == ((5e-4, 1e-3, 2e-3, 4e-3), (0.5, 1, 2, 4))
+    assert grown(2e-3, 0.5) == (grid["learning_rate"], (0.25, 0.5, 1, 2))
+    key = Run("kto")
+    for moves in (0, 1, 2):
+        (lost, chosen), ran = tuned({key: grid}, moves, lambda cell, seed: (
+            abs(cell[1][1] - 1) - cell[0][1]))
+        assert len(lost[key]) == len(ran[100]) == len(set(ran[100])) == 18 + 6 * moves
+        assert dict(chosen[key])["learning_rate"] == 4e-3 * 2 ** moves
+
+
+# ---------------------------------------------------------------- plans
+FILES = {name: json.loads((campaign.ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
+         for name in command.PLANS}
+
+
+def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
+    small = {key: grid for key, grid in budget.GRIDS.items() if key.judged < 76_800}
+    for grids, size in ((claims.GRIDS, 16), (small, 18), (budget.MODEL_GRIDS, 27)):
+        assert {len({*campaign.cells_of(grid)}) for grid in grids.values()} == {size}
+    for grid in (claims.GRIDS | budget.GRIDS | budget.MODEL_GRIDS).values():
+        assert "learning_rate" in grid and 1 in grid.get("beta_multiple", (1,))
+    assert {(key.judged, key.level) for key in budget.GRIDS | budget.MODEL_GRIDS} == {
+        (size, 1.0) for size in (1200, 9600, 76_800)}
+    losses = {variants.method_of(key).loss for key in claims.GRIDS if not key.level}
+    assert losses == {method.loss for method in train.METHODS.values()} - {train.dpo} | {
+        variants.una_reward_residual}
+    assert not {*TUNING_SEEDS, *doubts.SEEDS, *range(20)} & {*REPORTED_SEEDS}
+    assert [*REPORTED_SEEDS] == [*range(21, 29)] and len(TUNING_SEEDS) == 1 + len(campaign.KEPT)
+
+
+def run_of(told, **more):
+    """The Run that a row of a grid or an entry is of."""
+    fields = {name: told[name] for name in Run._fields if name in told}
+    return Run(**fields | dict(cell=tuple(told["cell"].items())) | more)
+
+
+def published(name):
+    """{Run: what a JSON file has of it}: each loss of its grids, and each entry."""
+    file, seeds = FILES[name], doubts.SEEDS if name == "pairs" else TUNING_SEEDS
+    found = {}
+    for row in file.get("tuning", []):
+        for seed, share in zip(seeds, row["lost"]):
+            its = run_of(row, seed=seed, look="lost")
+            its = campaign.at(its._replace(cell=()), its.cell)
+            if its.method == "reward model":
+                bare = found.setdefault(its._replace(cell=its.cell[:1]), dict(optima=[]))
+                bare["optima"].append((dict(its.cell)["beta_multiple"], share))
+            else:
+                found[its] = dict(diverged="") if share is None else dict(train=dict(lost=share))
+    for beta, lost in file.get("optima", []):
+        for seed, share in zip(seeds, lost):
+            found.setdefault(Run("optima", seed=seed), dict(optima=[]))["optima"].append(
+                (beta, share))
+    for told in (*file["runs"], *file.get("models", [])):
+        look = "zeros" if "zeros" in told else "models" if "optima" in told else "end"
+        found[run_of(told, look=look)] = {key: told[key] for key in told if key != "rule"}
+    for told in file.get("reference", []) + file.get("optimum", []):
+        found[Run(told["method"], seed=told["seed"])] = told
+    for told in file.get("dots", []):
+        found[run_of(told | dict(cell={}), look="film")] = told
+    return found
+
+
+@pytest.mark.parametrize("name", command.PLANS)
+def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(name, monkeypatch):
+    file, found, asked = FILES[name], published(name), set()
+
+    def results(lab, title, runs):
+        asked.update(runs)
+        films = {its: its._replace(cell=()) for its in runs if its.look == "film"}
+        models = {its: its._replace(look="models") for its in runs if isinstance(its.look, tuple)}
+        blank = dict(frontier=[]) if title == "optimum" else {}  # the first frontier alone is kept
+        return [blank | found[(films | models).get(its, its)] for its in runs]
+    for module in (campaign, claims, budget, doubts):
+        monkeypatch.setattr(module, "results", results)
+    monkeypatch.setattr(variants, "peak_memories", lambda flags: file["peak_memory"])
+    told = json.loads(json.dumps(command.PLANS[name](campaign.Lab(campaign.ROOT / "lab"))))
+    assert told.keys() == file.keys()
+    for key in file.keys() - {"versions"}:
+        a, b = (sorted(one[key], key=str) if type(one[key]) is list else one[key]
+                for one in (told, file))
+        assert a == b, key
+    assert len(asked) == len(found)                              # all was asked for
+    for its in asked:
+        if its.look == "film":                                   # of runs that are reported
+            assert its in [run_of(run, look="film", points=its.points) for run in file["runs"]]
+        if isinstance(its.look, tuple):
+            best = {row["method"]: row["cell"] for row in FILES["claims"]["tuning"]
+                    if row["best"] and row["reward"] == "model"}
+            assert [online.cell for online in its.look] == [
+                (*best[name].items(), its.cell[1]) for name in ("una-online", "ppo")]
+
+
+# ---------------------------------------------------------------- f(x) + c, and other losses
+def test_a_run_is_trained_by_its_method_with_the_knobs_of_its_cell():
+    for name, own in train.METHODS.items():
+        method, _, last = name.rpartition("-")
+        named = last in ("learned", "estimated")
+        its = Run(method.replace("binary", "binary-bce"), last) if named else Run(name)
+        assert named or variants.method_of(its) == own
+        its = its._replace(cell=(("learning_rate", 0.125), ("beta_multiple", 3)))
+        assert variants.method_of(its) == own._replace(learning_rate=0.125, beta_multiple=3)
+    for name, knob, loss in (("ppo", "divide", variants.ppo_divided),
+                             ("una-online", "leave_one_out", variants.una_online_others)):
+        method, other = (variants.method_of(Run(name, cell=((knob, on),))) for on in (True, False))
+        assert method == other._replace(loss=loss) and other == train.METHODS[name]
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.0625])
+def test_exact_and_constant_offsets_are_beta_log_z_at_the_losss_own_beta(beta):
+    weights = world().ref_logprobs.exp() * (world().rewards / beta).exp()
+    beta_log_z = beta * weights.sum(1).log()
+    assert beta_log_z.max() - beta_log_z.min() > 0.3             # no two prompts have the same
+    given = {offset: variants.given_offsets(Run("una-score", offset), shared(), beta)
+             for offset in ("exact", "constant", "zero", "estimated")}
+    assert near(given["exact"].double(), beta_log_z, 1e-6)
+    assert near(given["constant"].double(), beta_log_z.mean().expand(3), 1e-6)
+    assert given["zero"] is None is given["estimated"]
+
+
+@pytest.mark.parametrize("method, offset, squash", [
+    ("una-score", "residual", torch.sigmoid), ("una-score", "held", torch.sigmoid),
+    ("una-reward", "residual", lambda reward: reward)])
+def test_the_mean_residual_is_the_prompts_own_in_the_batch(method, offset, squash):
+    batch, model = everything(), policy()
+    rho = train.logprob(model, batch.tokens, batch.mask) - batch.ref_logprob
+    residual = batch.scores.logit() - 0.5 * rho
+    mean = torch.stack([residual[batch.prompt == prompt].mean() for prompt in batch.prompt])
+    mean = mean.detach() if offset == "held" else mean
+    expected = (squash(0.5 * rho + mean) - squash(batch.scores.logit())) ** 2
+    got = variants.method_of(Run(method, offset)).loss(model, batch, 0.5)
+    assert close(got, expected)
+    for a, b in zip(*(torch.autograd.grad(loss.sum(), [*model.parameters()])
+                      for loss in (got, expected))):
+        assert near(a, b, 1e-9)
+
+
+def test_eq07_the_mean_of_the_others_has_n_over_n_minus_1_of_the_gradient_sample_by_sample(
+        monkeypatch):
+    monkeypatch.setattr(train, "implicit_reward", lambda reward, batch, beta: reward)
+    normal = normals(0)
+    reward, batch = normal(12), SimpleNamespace(rewards=normal(12), per_prompt=4)
+    own, others = (gradient(lambda r: loss(r, batch, 0.25), reward)
+                   for loss in (train.una_online, variants.una_online_others))
+    assert close(others, own * 4 / 3) and own.abs().min() > 0.01
+    left = (batch.rewards - reward).view(3, 4)
+    expected = [(left[i, j] - torch.cat([left[i, :j], left[i, j + 1:]]).mean()).item() ** 2
+                for i in range(3) for j in range(4)]
+    assert close(variants.una_online_others(reward, batch, 0.25), expected)
+
+
+def test_ppo_divided_is_ppo_with_its_advantages_of_deviation_1_and_divides_once():
+    model = policy()
+    batch = next(train.fresh_batches(model, ScalarGPT(model).double(), shared(), 48, 0))
+    plain = copy.copy(batch)
+    train.ppo(model, plain, 0.25)
+    deviation = statistics.stdev(plain.advantages[batch.mask[:, 3:]].tolist())
+    assert abs(deviation - 1) > 0.1
+    plain.advantages = plain.advantages / (deviation + 1e-8)
+    for _ in range(2):
+        assert close(variants.ppo_divided(model, batch, 0.25), train.ppo(model, plain, 0.25))
+    assert close(batch.advantages, plain.advantages)
+
+
+def test_kto_without_z0_is_unas_binary_loss_with_g_absolute():
+    batch, model = everything(), policy()
+    rho = train.logprob(model, batch.tokens, batch.mask) - batch.ref_logprob
+    method = variants.method_of(Run("kto-without"))
+    assert close(method.loss(model, batch, 0.3), (batch.labels - torch.sigmoid(0.3 * rho)).abs())
+    assert method._replace(loss=train.kto, mismatched=True) == train.METHODS["kto"]
+
+
+# ---------------------------------------------------------------- what is measured
+def test_gradient_noise_is_the_trace_of_the_gradients_covariance_over_eight_batches():
+    line, points = torch.nn.Linear(2, 1).double(), normals(0)(9, 5, 2)
+    left, loss = iter(points), lambda line, batch, beta: beta * line(batch) ** 2
+    noise = variants.gradient_noise(loss, line, left, 3)
+    outs = points @ line.weight[0].detach() + line.bias.detach()
+    gradients = torch.cat([6 * (outs[..., None] * points).mean(1), 6 * outs.mean(1)[:, None]], 1)
+    assert noise == pytest.approx(np.trace(np.cov(gradients[:8].numpy().T)))
+    assert torch.equal(next(left), points[8]) and line.weight.grad is None
+    with pytest.raises(FloatingPointError, match="noise"):
+        variants.gradient_noise(loss, line, iter(points), math.inf)
+
+
+def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypatch):
+    # pi* itself cannot be had as a GPT; but a reward whose optimum is the policy can:
+    # r = beta log pi/pi_ref + f(x).
+    model, ours = policy(), shared()
+    ours.reference = copy.deepcopy(ours.reference).double()
+
+    def optimal_here(x, y):
+        mask = torch.stack([torch.ones(len(y)).bool(), y[:, 0] != data.EOT], dim=1)
+        rows = data.join(x, y, mask)
+        with torch.no_grad():
+            rho = train.logprob(model, *rows) - train.logprob(ours.reference, *rows)
+        return 0.25 * rho + x[:, 0]
+
+    def noise(loss):
+        batches = train.fresh_batches(model, ScalarGPT(model).double(), ours, 48, 0)
+        return variants.gradient_noise(loss, model, batches, 0.25)
+    assert min(noise(train.una_online), noise(variants.una_online_others)) > 1e-3
+    monkeypatch.setattr(data, "reward", optimal_here)
+    assert max(noise(train.una_online), noise(variants.una_online_others)) < 1e-20
+    assert noise(train.ppo) > 1e-3              # its values, 0 here, are not the baseline
+    assert noise(variants.ppo_divided) > 1e-3   # advantages are scaled to deviation 1, always
+
+
+@pytest.mark.parametrize("name", ["una-online", "una-online-score", "ppo"])
+def test_the_noise_is_the_trained_models_on_a_stream_of_its_own_and_no_run_feels_it(
+        name, monkeypatch):
+    streams, fresh_batches = [], train.fresh_batches
+
+    def recorded(*arguments):
+        streams.append(arguments)
+        return fresh_batches(*arguments)
+    monkeypatch.setattr(train, "fresh_batches", recorded)
+    its = short(name, points=2, seed=3)
+    measured, plain = entry(its), entry(its._replace(points=1))
+    curves = [told.pop("curve") for told in (measured, plain)]
+    assert timeless(measured) == timeless(plain)
+    assert [[point["step"] for point in curve] for curve in curves] == [[0, 1, 3], [0, 3]]
+    assert all(point["gradient_noise"] > 0 for point in curves[0])
+    assert "gradient_noise" not in curves[1][-1]
+    training, apart = streams[:2]
+    assert [training[4], apart[4]] == [3, 3 + 10**6] and training[5] == apart[5] == 1
+    assert all(a is b for a, b in zip(training[:3], apart[:3]))  # policy, value, what is shared
+    assert (training[1] is not None) == (name == "ppo")
+
+
+def test_the_end_is_measured_exactly_and_how_far_an_offset_ended_from_beta_log_z():
+    for name, offset in (("una-score", "estimated"), ("una-binary-bce", "learned"),
+                         ("una-score", "exact"), ("una-score", "zero")):
+        its = short(name, offset, cell=(("learning_rate", 1e-2), ("beta_multiple", 2)))
+        truth, told = variants.beta_log_z(shared(), 0.5), entry(its)
+        trained = trained_by_hand(its, offsets=truth.float() if offset == "exact" else None)
+        for split in ("train", "heldout"):
+            end = exact.policy_logprobs(trained, world(split).prompts)
+            assert told[split] == exact.evaluate(world(split), end)
+        assert told["curve"][-1]["regret"] == told["train"]["regret"] and told["method_beta"] == 0.5
+        assert entry(its._replace(look="lost")) == dict(train=dict(lost=told["train"]["lost"]))
+        if offset in ("estimated", "learned"):
+            off = torch.tensor(told["offsets"]) - truth
+            assert told["offset_error"] == off.square().mean().sqrt().item() > 1e-3
+        else:
+            assert "offset_error" not in told
+
+
+def test_a_run_of_another_size_learns_from_as_much_and_the_prepared_feedback_stays():
+    its = short("una-score", "estimated", judged=24, cell=(("beta_multiple", 1),))
+    feedback = train.collect_feedback(campaign.settings_of(LAB, its), 0, shared().reference)
+    offsets = train.start_offsets(variants.method_of(its), feedback, 0.25)
+    assert entry(its)["offsets"] == offsets.tolist() != entry(its._replace(judged=48))["offsets"]
+    assert len(shared().feedback.tokens) == 48
+    flat, raised = shared(level=0.0), shared()                   # a level is in feedback alone
+    assert all(map(torch.equal, flat.reference.parameters(), raised.reference.parameters()))
+    assert torch.equal(flat.feedback.tokens, raised.feedback.tokens)
+    assert not torch.equal(flat.feedback.scores, raised.feedback.scores)
+
+
+@pytest.mark.parametrize("method, offset", [("kto", "zero"), ("una-score", "residual"),
+                                            ("una-online", "zero")])
+def test_a_run_that_leaves_the_numbers_says_so_and_has_lost_more_than_any_other(method, offset):
+    for look in ("end", "lost"):
+        told = entry(short(method, offset, look=look, cell=(("learning_rate", 1e39),)))
+        assert [*told] == ["diverged"] and figures.lost(told) == math.inf
+
+
+def test_kto_is_counted_where_z0_is_0_trains_as_ever_and_differs_from_kto_without_elsewhere():
+    for steps in (1, 8):                                         # at first pi is pi_ref
+        its = short("kto", steps=steps, judged=192, look="zeros",
+                    cell=(("learning_rate", 1e-2), ("beta_multiple", 0.5)))
+        told, own = entry(its), entry(its._replace(look="end"))
+        without = entry(its._replace(method="kto-without", look="end"))
+        zeros = told.pop("zeros")
+        assert timeless(told) == timeless(own) and 1 <= zeros <= steps
+        assert (without["train"] == own["train"]) == (zeros == steps) == (steps == 1)
+    noted, loss = variants.counting(train.kto)
+    model = policy()
+    batch = everything(train.with_mismatched_pairs(shared().feedback, shared().reference))
+    ref_logprob = batch.other_ref_logprob
+    for shift in (1e3, -1e3):                                    # the sign of log pi/pi_ref
+        batch.other_ref_logprob = ref_logprob + shift
+        assert torch.equal(loss(model, batch, 0.3), train.kto(model, batch, 0.3))
+    assert noted == [True, False]
+
+
+def test_a_film_goes_from_the_reference_to_the_trained_policy(monkeypatch):
+    monkeypatch.setattr(variants, "FRAMES", 3)
+    its = short("una-score", "estimated", steps=4, cell=(("learning_rate", 1e-2),), look="film")
+    settings = campaign.settings_of(LAB, its)
+    settings.reference_steps = 40                                # some words are likely then
+    made = train.prepare(settings, 0)
+    world = made[0].worlds["train"]
+    told, still = (variants.entry(its._replace(points=n), settings, made) for n in (3, 2))
+    end = exact.policy_logprobs(trained_by_hand(its, made[0]), world.prompts)
+    prompt, response = (world.ref_logprobs.exp() > 1 / 300).nonzero().T
+    assert len(prompt) > 20 > (world.ref_logprobs.exp() > 1 / 200).sum()
+    frames = [np.array(frame.split(), float) for frame in told["frames"]]
+    assert told["steps_shown"] == [0, 1, 4] and not frames[0].any() and frames[1].any()
+    for shown, expected in ((frames[2], 0.25 * (end - world.ref_logprobs)),          # task's beta
+                            (np.array(told["explicit"].split(), float), world.rewards)):
+        assert np.allclose(shown, expected[prompt, response], atol=0.0051)   # two decimals
+    assert told["prompt"] == " ".join(map(str, prompt.tolist()))
+    assert told["beta_log_z"] == world.optimum.tolist() and {*prompt.tolist()} == {0, 1, 2}
+    assert still["steps_shown"] == [0, 4] and still["frames"] == told["frames"][::2]
+
+
+# ---------------------------------------------------------------- reward models
+def test_a_models_listed_rewards_are_those_it_gives_the_same_strings_one_by_one():
+    # Of up to three words, as the strings of two words are then too many for one pass.
+    model, prompt = ScalarGPT(policy()).double(), data.encode_prompts(["calm wind :"])
+    torch.nn.init.normal_(model.scalar.weight, generator=torch.Generator().manual_seed(0))
+    listed = exact.all_rewards(model, prompt[0], 3, data.EOT)
+    tokens, mask = exact.all_responses(data.ENCODING.n_vocab, 3, data.EOT)
+    values = model(torch.cat([prompt.expand(len(tokens), -1), tokens], dim=1)).detach()
+    assert len(listed) == 1 + 25 + 25**2 + 25**3
+    assert close(listed, values[torch.arange(len(tokens)), 2 + mask.sum(1)])
+    assert len(listed.unique()) > 16_000
+
+
+def optimum(rewards, beta):
+    """pi_ref e^{r/beta} / Z: its logprobs."""
+    weights = world().ref_logprobs.exp() * (rewards / beta).exp()
+    return (weights / weights.sum(1, keepdim=True)).log()
+
+
+def share_lost(rewards, beta, ours):
+    """By the measure of rewards and beta: what logprobs `ours` lose, sum by sum."""
+    ref = world().ref_logprobs
+    best, own, start = ((logprobs.exp() * (rewards - beta * (logprobs - ref))).sum()
+                        for logprobs in (optimum(rewards, beta), ours, ref))
+    return ((best - own) / (best - start)).item()
+
+
+def test_optima_are_the_listed_rewards_optima_by_the_judges_measure_and_no_level_changes_them():
+    other = world().rewards + normals(0)(3, 651)
+    expected = {multiple: share_lost(world().rewards, 0.25, optimum(other, multiple * 0.25))
+                for multiple in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}
+    for rewards in (other, other + torch.tensor([[3.0], [-7.0], [1.0]])):
+        assert dict(variants.optima(world(), rewards)) == pytest.approx(expected)
+    judged = entry(short("optima"))["optima"]
+    assert judged == variants.optima(world(), world().rewards)
+    assert dict(judged)[1] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_part_of_a_world_is_the_world_of_those_prompts():
+    part = variants.part_of(world(), slice(None, None, 2))
+    alone = exact.World(shared().reference, data.TRAIN_PROMPTS[::2], 0.25, 1.0)
+    logprobs = exact.policy_logprobs(policy(), alone.prompts)
+    assert exact.evaluate(part, logprobs) == pytest.approx(exact.evaluate(alone, logprobs))
+    assert torch.equal(part.prompts, alone.prompts) and len(world().rewards) == 3
+    assert len({prompt.split()[0] for prompt in TRAIN_PROMPTS[::3]}) == 4    # one of each mood
+
+
+def test_a_run_on_a_reward_model_is_measured_by_the_model_and_by_the_judge():
+    cell = (("learning_rate", 1e-2), ("leave_one_out", True), ("beta_multiple", 2))
+    online = [short("una-online", cell=cell, steps=7), short("ppo", cell=cell[:1], steps=7)]
+    its = short("reward model", cell=cell[::2], steps=7, look=tuple(online))
+    told, on = entry(its), shared()
+    on.reward_model = train.train_reward_model(campaign.settings_of(LAB, its), 0, on.reference,
+                                               on.feedback, 1e-2)
+    listed = torch.stack([exact.all_rewards(on.reward_model, prompt, 2, data.EOT)
+                          for prompt in world().prompts]).double()
+    assert told["optima"] == variants.optima(world(), listed)
+    end = exact.policy_logprobs(trained_by_hand(online[0], on), world().prompts)
+    for name, logprobs in (("reference", world().ref_logprobs), ("optimum", optimum(listed, 0.5)),
+                           ("una-online", end)):
+        for measure, rewards, beta in (("train", world().rewards, 0.25), ("by_model", listed, 0.5)):
+            assert told[name][measure]["lost"] == pytest.approx(
+                share_lost(rewards, beta, logprobs), abs=1e-9)
+    assert told["optimum"]["by_model"]["lost"] == pytest.approx(0, abs=1e-9)
+    assert told["una-online"]["method_beta"] == 0.5 and "heldout" not in told["una-online"]
+    assert {"by_model", "reward_model", "curve"} <= {*told["ppo"]}
+    third = variants.part_of(world(), slice(0, 1))               # each third of three prompts
+    assert entry(its._replace(look="lost")) == dict(optima=variants.optima(third, listed[:1]))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_reward_model_is_accurate_where_it_orders_as_the_judge_does(sign, monkeypatch):
+    monkeypatch.setattr(train, "model_reward", lambda model, tokens, mask: sign * data.reward(
+        tokens[:, :3], tokens[:, 3:]))
+    model = moved(shared().reference, 0.5)
+    told, end = variants.reward_model_report(shared(), model, 0), exact.policy_logprobs(
+        model, world().prompts)
+    gain = ((end.exp() - world().ref_logprobs.exp()) * world().rewards).sum(1).mean().item()
+    assert told["accuracy"] == (sign == 1) and told["model_gain"] == sign * told["judge_gain"]
+    assert told["judge_gain"] == pytest.approx(gain, abs=0.03) and abs(gain) > 0.06
+
+
+def test_online_runs_on_a_prepared_reward_model_are_rewarded_by_it_and_say_how_good_it_is():
+    its = short("una-online", reward="model")
+    by_model, by_judge = entry(its), entry(its._replace(reward="judge"))
+    assert by_model["train"] != by_judge["train"] and "reward_model" not in by_judge
+    assert 0 <= by_model["reward_model"]["accuracy"] <= 1
+    assert by_model["state_bytes"] - by_judge["state_bytes"] == train.size_in_bytes(
+        shared(reward="model").reward_model.parameters())
+
+
+# ---------------------------------------------------------------- memory
+def test_peak_memory_is_measured_of_every_method_or_left_out_with_a_word(monkeypatch, capsys):
+    pytest.importorskip("resource")
+    told = variants.peak_memory(campaign.settings_of(LAB, short("kto", judged=192)), "kto")
+    assert (told["method"], told["reward"]) == ("kto", "judge") and 0 <= told["bytes"] < 1e9
+    monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: None)
+    assert variants.peak_memories(LAB.flags) == []
+    assert "peak memory: not measured" in capsys.readouterr().err

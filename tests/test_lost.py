@@ -1,0 +1,105 @@
+"""Where what is lost is lost: it is a KL, split at what was judged. And why pairs leak."""
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import train
+import una
+from helpers import gradient, near, normals
+from lab import exact
+from toy import small
+
+
+def world_of(rewards, ref_logprobs, beta):
+    _, optimum = una.optimal_policy(ref_logprobs, rewards, beta)
+    return SimpleNamespace(rewards=rewards, ref_logprobs=ref_logprobs, beta=beta, optimum=optimum,
+                           gain=optimum - exact.expect(ref_logprobs, rewards))
+
+
+def test_eq16_what_a_policy_misses_is_beta_times_its_kl_to_the_optimum():
+    for seed, beta in itertools.product(range(3), (0.1, 0.7, 5.0)):
+        normal = normals(seed)
+        rewards, (ref, policy) = normal(15), (3 * normal(2, 15)).log_softmax(-1)
+        best, optimum = una.optimal_policy(ref, rewards, beta)
+        missed = optimum - una.rlhf_objective(policy, ref, rewards, beta)
+        assert near(missed, beta * exact.kl_divergence(policy, best), 1e-10)
+        assert not near(missed, beta * exact.kl_divergence(best, policy), 1e-2)    # not this one
+
+
+def test_lost_is_split_by_the_chain_rule_of_kl_in_brute_force_over_15_responses():
+    normal = normals(4)
+    rewards, beta = normal(2, 15), 0.4
+    ref, policy = (normal(2, 15).log_softmax(-1) for _ in range(2))
+    world, judged = world_of(rewards, ref, beta), normal(2, 15) > 0.3
+    best, _ = una.optimal_policy(ref, rewards, beta)
+
+    def kl(p, q):
+        return sum(a * (a / b).log() for a, b in zip(p, q)).item()
+    parts, outside, unit = [0.0, 0.0], 0.0, 0.0
+    for p, q, start, there in zip(policy.exp(), best.exp(), ref.exp(), judged):
+        m, m_best = p[there].sum(), q[there].sum()
+        both = torch.stack([m, 1 - m]), torch.stack([m_best, 1 - m_best])
+        within, beyond = kl(p[there] / m, q[there] / m_best), kl(p[~there] / (1 - m),
+                                                                 q[~there] / (1 - m_best))
+        parts[0] += m.item() * within
+        parts[1] += kl(*both) + (1 - m.item()) * beyond
+        outside, unit = outside + (1 - m).item() / 2, unit + kl(start, q)
+    told = exact.lost_parts(world, policy, judged)
+    assert told["judged"] == pytest.approx(parts[0] / unit, abs=1e-12)
+    assert told["unjudged"] == pytest.approx(parts[1] / unit, abs=1e-12)
+    assert told["unjudged_mass"] == pytest.approx(outside, abs=1e-12)
+    regret = (world.optimum - una.rlhf_objective(policy, ref, rewards, beta)).mean()
+    lost = (regret / world.gain.mean()).item()
+    assert told["judged"] + told["unjudged"] == pytest.approx(lost, abs=1e-12)
+    assert min(parts) > 0.05 * unit                              # neither is trivial here
+    for which, all_or_none in (("unjudged", torch.zeros_like), ("judged", torch.ones_like)):
+        told = exact.lost_parts(world, policy, all_or_none(judged))
+        assert told[which] == pytest.approx(lost, abs=1e-12)
+    told = exact.lost_parts(world, best, judged)                 # the optimum loses neither
+    assert abs(told["judged"]) + abs(told["unjudged"]) < 1e-12
+
+
+def test_index_of_finds_every_response_where_all_responses_has_it():
+    for vocab_size, max_tokens, eot in ((3, 3, 2), (4, 3, 1), (3, 2, 0), (26, 2, 25)):
+        tokens, _ = exact.all_responses(vocab_size, max_tokens, eot)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(exact.index_of(tokens[order], vocab_size, eot), order)
+
+
+@pytest.mark.parametrize("name", ["una-score", "una-pair", "una-online"])
+def test_a_run_says_what_it_lost_on_the_responses_it_learned_from(name, language, monkeypatch):
+    noting, lost_parts, seen, marked = exact.noting, exact.lost_parts, set(), []
+
+    def noted(batches, *where):
+        for batch in noting(batches, *where):
+            seen.update(map(tuple, batch.tokens.tolist()))
+            yield batch
+    monkeypatch.setattr(exact, "noting", noted)
+    monkeypatch.setattr(exact, "lost_parts", lambda world, logprobs, judged: (
+        marked.append(judged), lost_parts(world, logprobs, judged))[1])
+    reached = train.run_method(small().settings, 0, name, small())["train"]
+    assert reached["judged"] + reached["unjudged"] == pytest.approx(reached["lost"], abs=1e-9)
+    tokens, _ = exact.all_responses(data.ENCODING.n_vocab, data.MAX_TOKENS, data.EOT)
+    prompts = small().worlds["train"].prompts
+    listed = {(*prompts[x].tolist(), *tokens[y].tolist()) for x, y in marked[0].nonzero()}
+    assert listed == seen and len(listed) > 20
+
+
+def test_eq10_the_logit_of_a_token_that_begins_neither_response_has_no_gradient():
+    # Why pairs leak: what cancels f(x) cancels the normaliser too, and with it the price of leaving
+    # what was judged. A score has that price.
+    logits, beta, ref = normals(2)(6), 0.5, -1.8
+
+    def pair(z):
+        logprobs = z.log_softmax(-1)
+        return una.dpo_loss(logprobs[:1], logprobs[1:2], *torch.full((2, 1), ref).double(), beta)
+
+    def score(z):
+        reward = una.implicit_reward(z.log_softmax(-1)[:1], torch.tensor([ref]).double(), beta)
+        return una.una_score_loss(reward, torch.tensor([0.9]).double())
+    assert near(gradient(pair, logits)[2:], torch.zeros(4).double(), 1e-15)
+    assert (gradient(pair, logits)[:2].abs() > 0.01).all()
+    assert (gradient(score, logits)[1:].abs() > 1e-3).all()
