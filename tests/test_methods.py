@@ -7,6 +7,7 @@ relations, numbers of an independent implementation, and what all losses share.
 import inspect
 import json
 import math
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -44,49 +45,26 @@ def same(loss, other, theta):
 
 
 def finds(una, paper, theta, *mistakes):
-    """True if the losses are the same, and with each mistake, other arguments of una, not.
-
-    Otherwise AssertionError names the mistake that went unseen.
-    """
+    """True if the losses are the same, and with each mistake, other arguments of una, not."""
     assert same(una, paper, theta)
     for mistake in mistakes:
         assert not same(lambda theta: una(theta, **mistake), paper, theta), mistake
     return True
 
 
-def margin(p, ref, beta):
-    """r_theta(w) - r_theta(l) of pairs. The offset cancels."""
-    w, l = implicit_reward(p, ref, beta, offset=0.8)
-    return w - l
-
-
-def own_mean(values):
-    return values.mean(1, keepdim=True)
-
-
-def others_mean(values):
-    """The mean of the other responses to the same prompt, for each response."""
-    return (values.sum(1, keepdim=True) - values) / (values.shape[1] - 1)
+# r_theta(w) - r_theta(l), where the offset cancels; the means of a prompt's values, all or others'.
+margin = lambda p, ref, beta: torch.sub(*implicit_reward(p, ref, beta, offset=0.8))
+own_mean = lambda values: values.mean(1, keepdim=True)
+others_mean = lambda values: (values.sum(1, keepdim=True) - values) / (values.shape[1] - 1)
 
 
 # ---------------------------------------------------------------- the map: pairs, no offset
 
-def test_map_dpo_is_the_pair_loss():
-    # Rafailov et al. 2023: -log sigma(beta [log pi/pi_ref(w) - log pi/pi_ref(l)]),
-    # and -log sigma(m) = log(1 + e^-m).
-    policy, ref, _ = PAIRS
-    paper = lambda p: torch.log(1 + torch.exp(-0.3 * ((p[0] - p[1]) - (ref[0] - ref[1]))))
-    una = lambda p, beta=0.3, ref=ref, order=(0, 1): una_pair_loss(
-        *implicit_reward(p, ref, beta, offset=0.8)[[*order]])
-    assert finds(una, paper, policy, dict(beta=1.0), dict(order=(1, 0)), dict(ref=ref.flip(0)))
-    assert same(lambda p: dpo_loss(*p, *ref, 0.3), paper, policy)
-
-
 MISTAKES = ["unshifted labels", "padding counted", "prompt counted", "mean for sum", "swapped pair",
-            "reference is the policy", "no reference", "missing beta", "no log sigma"]
+            "reference = policy", "no reference", "other reference", "missing beta", "no log sigma"]
 
 
-def test_map_dpo_from_logits_to_loss_sees_each_mistake():
+def test_map_dpo_is_the_pair_loss_from_logits_to_loss_and_each_mistake_is_seen():
     # The same gradient at every logit is the same gradient at every parameter of whatever model
     # made the logits. Row 0 is chosen, row 1 rejected. Their lengths differ.
     (logits, ref_logits, scores), positions = normals(3)(3, 2, 9, 5), torch.arange(9)
@@ -94,7 +72,7 @@ def test_map_dpo_from_logits_to_loss_sees_each_mistake():
     response = torch.stack([(positions >= 2) & (positions < 8), (positions >= 4) & (positions < 7)])
 
     def paper(z):
-        """DPO in plain words, token by token, beta = 0.3."""
+        """Rafailov et al. 2023 in plain words, token by token, beta = 0.3."""
         pi, pi_ref = z.softmax(-1), ref_logits.softmax(-1)
         rho = [sum((pi[i, t - 1, ids[i, t]] / pi_ref[i, t - 1, ids[i, t]]).log()
                    for t in range(9) if response[i, t]) for i in (0, 1)]
@@ -102,48 +80,38 @@ def test_map_dpo_from_logits_to_loss_sees_each_mistake():
 
     def una(z, mistake=None):
         shift = 1 if mistake == "unshifted labels" else 0
-        tokens, mask = ids.roll(shift, -1), response.roll(shift, -1)
-        if mistake == "padding counted":
-            mask = mask | (positions >= 4)
-        if mistake == "prompt counted":
-            mask = mask | (positions == 1)
+        counted = {"padding counted": positions >= 4, "prompt counted": positions == 1}
+        tokens, mask = ids.roll(shift, -1), response.roll(shift, -1) | counted.get(mistake, False)
         policy, ref = (sequence_logprob(logits, tokens, mask) for logits in (z, ref_logits))
         if mistake == "mean for sum":
             policy, ref = policy / mask.sum(-1), ref / mask.sum(-1)
-        ref = {"reference is the policy": policy, "no reference": 0 * ref}.get(mistake, ref)
-        w, l = implicit_reward(policy, ref, 1.0 if mistake == "missing beta" else 0.3)[:, None]
+        ref = {"reference = policy": policy, "no reference": 0 * ref,
+               "other reference": ref.flip(0)}.get(mistake, ref)
+        beta = 1.0 if mistake == "missing beta" else 0.3
+        w, l = implicit_reward(policy, ref, beta, offset=0.8)[:, None]
         if mistake == "no log sigma":
             return l - w
         return una_pair_loss(l, w) if mistake == "swapped pair" else una_pair_loss(w, l)
     assert finds(una, paper, logits, *[dict(mistake=mistake) for mistake in MISTAKES])
+    of_all = lambda z: sequence_logprob(z, ids, response)[:, None]
+    assert same(lambda z: dpo_loss(*of_all(z), *of_all(ref_logits), 0.3), paper, logits)
 
 
-def test_map_ipo_is_the_reward_loss_of_the_margin_against_one_half():
+def test_map_ipo_map_rebel_and_map_sppo_are_the_reward_loss_of_margins_or_of_labels_less_one_half():
+    (policy, ref, rewards), tau, eta = PAIRS, 0.3, 2.5
     # Azar et al. 2023: (h - 1/(2 tau))^2 with h = rho_w - rho_l. Times tau^2: (tau h - 1/2)^2.
-    (policy, ref, _), tau = PAIRS, 0.3
-    paper = lambda p: ((p[0] - p[1]) - (ref[0] - ref[1]) - 1 / (2 * tau)) ** 2
+    ipo = lambda p: ((p[0] - p[1]) - (ref[0] - ref[1]) - 1 / (2 * tau)) ** 2
     una = lambda p, target=0.5, beta=tau: una_reward_loss(margin(p, ref, beta), target) / tau**2
-    assert finds(una, paper, policy, dict(target=1.0), dict(target=-0.5), dict(beta=1.0))
-
-
-def test_map_rebel_is_the_reward_loss_of_differences():
-    # Gao et al. 2024: ((1/eta) (rho - rho') - (r - r'))^2, so beta = 1/eta.
-    # No label, and no preference: r itself.
-    (policy, ref, rewards), eta = PAIRS, 2.5
-    paper = lambda p: (((p[0] - ref[0]) - (p[1] - ref[1])) / eta - (rewards[0] - rewards[1])) ** 2
-    una = lambda p, beta=1 / eta, given=rewards: una_reward_loss(
-        margin(p, ref, beta), given[0] - given[1])
-    assert finds(una, paper, policy, dict(beta=eta), dict(given=rewards.flip(0)))
-
-
-def test_map_sppo_is_the_reward_loss_against_plus_and_minus_one_half():
-    # Wu et al. 2024: (rho - eta (P - 1/2))^2,
-    # where P is 1 for the winner and 0 for the loser, and eta = 1/beta.
-    (policy, ref, _), eta = PAIRS, 2.5
-    paper = lambda p: (p - ref - eta * (LABEL - 0.5)) ** 2
+    assert finds(una, ipo, policy, dict(target=1.0), dict(target=-0.5), dict(beta=1.0))
+    # Gao et al. 2024: ((1/eta) (rho - rho') - (r - r'))^2, so beta = 1/eta. No label: r itself.
+    rebel = lambda p: (((p[0] - ref[0]) - (p[1] - ref[1])) / eta - (rewards[0] - rewards[1])) ** 2
+    una = lambda p, beta=1 / eta, r=rewards: una_reward_loss(margin(p, ref, beta), r[0] - r[1])
+    assert finds(una, rebel, policy, dict(beta=eta), dict(r=rewards.flip(0)))
+    # Wu et al. 2024: (rho - eta (P - 1/2))^2, where P is 1 for the winner and 0 for the loser.
+    sppo = lambda p: (p - ref - eta * (LABEL - 0.5)) ** 2
     una = lambda p, offset=0.0, target=LABEL - 0.5, beta=1 / eta: eta**2 * una_reward_loss(
         implicit_reward(p, ref, beta, offset), target)
-    assert finds(una, paper, policy, dict(offset=0.1), dict(target=0.5 - LABEL), dict(beta=eta))
+    assert finds(una, sppo, policy, dict(offset=0.1), dict(target=0.5 - LABEL), dict(beta=eta))
 
 
 def test_map_pro_is_the_pair_loss_over_a_population():
@@ -172,39 +140,39 @@ def test_map_pro_is_the_pair_loss_over_a_population():
 # ---------------------------------------------------------------- the map: labels
 
 def kto_paper(p, ref, z0, beta=0.3, label=LABEL):
-    """Ethayarajh et al. 2024: lambda_y - v with lambda = 1; v is sigma of the gain over z_0.
-
-    Where the label is 0 it is sigma of the loss.
-    """
+    """Ethayarajh et al. 2024, lambda = 1: 1 - v, v = sigma of the gain over z_0 or of the loss."""
     gain = beta * (p - ref - z0)
     return 1 - torch.where(label == 1, 1 / (1 + (-gain).exp()), 1 / (1 + gain.exp()))
 
 
-def test_map_kto_is_the_binary_loss_with_absolute_error_and_offset_minus_beta_z0():
-    # 1 - sigma(t) for label 1, 1 - sigma(-t) = sigma(t) for label 0:
-    # |label - sigma(t)|, t = beta rho - beta z_0.
-    (policy, ref, _), beta = PAIRS, 0.3
+def test_map_kto_and_map_bco_are_the_binary_loss_with_an_offset_of_minus_beta_z0_or_minus_delta():
+    (policy, ref, _), beta, delta = PAIRS, 0.3, 0.6
+    una = lambda p, g, offset, beta=beta, label=LABEL: una_binary_loss(
+        implicit_reward(p, ref, beta, offset), label, g)
     for K in (1, 7):
         policy_kl, ref_kl = normals(6)(K) + 1, normals(7)(K) - 1
         z0 = sum((policy_kl - ref_kl).tolist()) / K
         paper = lambda p: kto_paper(p, ref, z0)
-        una = lambda p, beta=beta, g="mae", offset=-beta * z0, label=LABEL: una_binary_loss(
-            implicit_reward(p, ref, beta, offset), label, g)
         kto = lambda p, label=LABEL, up=1.0, down=1.0: kto_loss(
             p, ref, label, policy_kl, ref_kl, beta, up, down)
         assert z0 > 0 and finds(
-            una, paper, policy, dict(g="mse"), dict(g="bce"), dict(offset=-z0),
+            partial(una, g="mae", offset=-beta * z0), paper, policy,
+            dict(g="mse"), dict(g="bce"), dict(offset=-z0),
             dict(offset=beta * z0), dict(offset=0.0), dict(beta=1.0), dict(label=1 - LABEL))
         # lambda_y - lambda_y sigma(...) = lambda_y (1 - sigma(...)): weights multiply.
         weighted = lambda p: torch.where(LABEL == 1, 2.0 * paper(p), 0.7 * paper(p))
         assert finds(kto, paper, policy, dict(label=1 - LABEL))
-        assert finds(lambda p, up=2.0, down=0.7: kto(p, LABEL, up, down), weighted, policy,
-                     dict(up=0.7, down=2.0))
+        assert finds(partial(kto, up=2.0, down=0.7), weighted, policy, dict(up=0.7, down=2.0))
         for label in (0 * LABEL, 0 * LABEL + 1):                 # of one class alone
             assert close(kto(policy, label), kto_paper(policy, ref, z0, label=label))
+    # Jung et al. 2024, with r = beta rho: -log sigma(r - delta) for label 1, -log sigma(delta - r)
+    # for label 0; and -log sigma(m) = log(1 + e^-m). delta is a reward: no beta.
+    bco = lambda p: torch.log(1 + ((1 - 2 * LABEL) * (beta * (p - ref) - delta)).exp())
+    assert finds(partial(una, g="bce", offset=-delta), bco, policy,
+                 dict(offset=delta), dict(offset=-beta * delta), dict(g="mse"))
 
 
-def test_map_kto_reference_point_is_an_average_clamped_at_zero_and_held_constant():
+def test_map_kto_and_printed_kto_reference_point_is_a_mean_clamped_held_constant_and_no_log_Z():
     policy, ref, _ = PAIRS
     for differences, z0, wrong in (((2.0, -1.0, 5.0), 2.0, 7 / 3),   # mean, not clamp before it
                                    ((-2.0, 1.0), 0.0, 0.5),
@@ -223,9 +191,6 @@ def test_map_kto_reference_point_is_an_average_clamped_at_zero_and_held_constant
     assert z0(policy) > 0 and same(kto, constant, policy) and not same(kto, flowing, policy)
     with pytest.raises(ValueError, match="at least one"):        # the mean of nothing is nan
         kto_loss(policy, ref, label, policy[:0], ref[:0], 0.3)
-
-
-def test_printed_kto_reference_point_is_a_KL_and_not_beta_log_Z():
     # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 where the policy is the reference, but Z
     # depends on pi_ref and r alone, whatever the policy; and at the optimum
     # beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
@@ -239,17 +204,6 @@ def test_printed_kto_reference_point_is_a_KL_and_not_beta_log_Z():
     assert not close(kto_loss(policy, ref, one, ref, ref, beta), with_log_Z)
 
 
-def test_map_bco_is_the_binary_loss_with_cross_entropy_and_offset_minus_delta():
-    # Jung et al. 2024, with r = beta rho: -log sigma(r - delta) for label 1,
-    # -log sigma(-(r - delta)) for label 0; and -log sigma(m) = log(1 + e^-m).
-    (policy, ref, _), delta = PAIRS, 0.6
-    paper = lambda p: torch.log(1 + ((1 - 2 * LABEL) * (0.3 * (p - ref) - delta)).exp())
-    una = lambda p, offset=-delta, g="bce": una_binary_loss(
-        implicit_reward(p, ref, 0.3, offset), LABEL, g)
-    # delta is a reward: no beta.
-    assert finds(una, paper, policy, dict(offset=delta), dict(offset=-0.3 * delta), dict(g="mse"))
-
-
 # ---------------------------------------------------------------- the map: rewards and an offset
 
 def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
@@ -257,11 +211,10 @@ def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
     # samples of pi_ref. Quantiles are uniform on [0, 1] whatever the reward, so
     # Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
     (policy, ref, rewards), beta = PAIRS, 0.3
-    quantile, log_Z = torch.sigmoid(rewards), math.log(beta * (math.exp(1 / beta) - 1))
-    paper = lambda p: (quantile - beta * log_Z - beta * (p - ref)) ** 2
-    una = lambda p, offset=beta * log_Z: una_reward_loss(
-        implicit_reward(p, ref, beta, offset), quantile)
-    assert finds(una, paper, policy, dict(offset=log_Z), dict(offset=0.0))
+    given, log_Z = torch.sigmoid(rewards), math.log(beta * (math.exp(1 / beta) - 1))
+    paper = lambda p: (given - beta * log_Z - beta * (p - ref)) ** 2
+    una = lambda p, b=beta * log_Z: una_reward_loss(implicit_reward(p, ref, beta, b), given)
+    assert finds(una, paper, policy, dict(b=log_Z), dict(b=0.0))
     # It is the beta log Z of Eq. 19: ten thousand equally likely responses with the quantiles
     # (k - 1/2) / 10^4, by the midpoint rule, error 1e-9.
     quantiles = (torch.arange(10_000).double() + 0.5) / 10_000
@@ -271,46 +224,39 @@ def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
     assert una_reward_loss(implicit_reward(best, ref, beta, beta * log_Z), quantiles).max() < 1e-15
 
 
-def test_map_a_star_po_and_rpo_are_the_reward_loss_with_the_estimated_offset():
+def test_map_a_star_po_rpo_and_map_kimi_are_the_reward_loss_with_the_estimated_offset():
     # Brantley et al. 2025: V = beta_1 log of the mean of e^{r/beta_1} over N responses of pi_ref,
     # then (beta_2 rho - (r - V))^2 on fresh ones, where V is a baseline. Faye et al. 2025, stored:
     # (r - V - tau rho)^2, V of the very responses that are learned from, and no mere baseline.
-    (policy, ref, rewards), earlier = LISTS, normals(71)(8, 7)   # rewards of seven others each
+    # Kimi team 2025: so too, with the last policy for pi_ref (in practice the mean reward for V).
+    (policy, ref, rewards), earlier, last, tau = LISTS, normals(71)(8, 7), normals(72)(8, 5), 0.3
     V_of = lambda given, beta: beta * torch.log(torch.exp(given / beta).mean(1, keepdim=True))
-    a_star_po = lambda p: (0.3 * (p - ref) - (rewards - V_of(earlier, 0.5))) ** 2
-    rpo = lambda p: (rewards - V_of(rewards, 0.3) - 0.3 * (p - ref)) ** 2
-    for paper, given, beta in ((a_star_po, earlier, 0.5), (rpo, rewards, 0.3)):
+    a_star_po = lambda p: (tau * (p - ref) - (rewards - V_of(earlier, 0.5))) ** 2
+    rpo = lambda p: (rewards - V_of(rewards, tau) - tau * (p - ref)) ** 2
+    kimi = lambda p: (rewards - V_of(rewards, tau) - tau * (p - last)) ** 2
+    for paper, given, beta, anchor, other in ((a_star_po, earlier, 0.5, ref, last),
+            (rpo, rewards, tau, ref, last), (kimi, rewards, tau, last, ref)):
         V = estimated_offset(given, beta)[:, None]
-        una = lambda p, V=V: una_reward_loss(implicit_reward(p, ref, 0.3, V), rewards)
+        una = lambda p, V=V, ref=anchor: una_reward_loss(implicit_reward(p, ref, tau, V), rewards)
         # No offset, one without beta, another prompt's, a sum for the mean, the mean reward.
         wrong = (0.0, V / beta, V.flip(0), V + beta * math.log(given.shape[1]), own_mean(given))
-        assert finds(una, paper, policy, *[dict(V=other) for other in wrong])
-
-
-def test_map_kimi_is_the_reward_loss_with_the_last_policy_for_its_reference():
-    # Kimi team 2025: (r - tau log Z - tau log pi/pi_i)^2 on k responses of the last policy pi_i,
-    # tau log Z by the mean of e^{r/tau} over the k. In practice the mean reward stands for it.
-    (policy, last, rewards), ref, tau = LISTS, normals(72)(8, 5), 0.3
-    V, log_Z = estimated_offset(rewards, tau)[:, None], torch.log(own_mean((rewards / tau).exp()))
-    paper = lambda p: (rewards - tau * log_Z - tau * (p - last)) ** 2
-    una = lambda p, ref=last, V=V: una_reward_loss(implicit_reward(p, ref, tau, V), rewards)
-    assert finds(una, paper, policy, dict(ref=ref), dict(V=own_mean(rewards)))
-    # So pi_ref is forgotten: a round starts with the gradient of the reward alone, without a KL,
+        assert finds(una, paper, policy, dict(ref=other), *[dict(V=V) for V in wrong])
+    # So Kimi forgets pi_ref: a round starts with the gradient of the reward alone, without a KL,
     # and ends, if the five responses are all there are, at pi_i e^{r/tau} / Z.
-    assert close(gradient(paper, last), -2 * tau * (rewards - V))
+    assert close(gradient(kimi, last), -2 * tau * (rewards - V))
     best, value = optimal_policy(last.log_softmax(-1), rewards, tau)
-    assert close(una(best, last.log_softmax(-1), value[:, None]), 0.0)
-    assert not close(una(best, ref.log_softmax(-1), value[:, None]), 0.0)
+    assert close(una(best, value[:, None], last.log_softmax(-1)), 0.0)
+    assert not close(una(best, value[:, None], ref.log_softmax(-1)), 0.0)
 
 
-def test_map_dro_is_half_the_reward_loss_with_a_learned_offset():
+def test_map_dro_and_map_trajectory_balance_are_the_reward_loss_with_a_learned_offset():
     # Richemond et al. 2024: (r - V(x) - tau rho)^2 / 2, V learned beside the policy. With the
     # residual e = r - V - tau rho, the slope is -tau e by log pi and -sum e by V(x).
     (policy, ref, rewards), V, tau = LISTS, normals(74)(8, 1), 0.3
-    paper = lambda p, V=V: 0.5 * (rewards - V - tau * (p - ref)) ** 2
+    dro = lambda p, V=V: 0.5 * (rewards - V - tau * (p - ref)) ** 2
     una = lambda p, V=V: una_reward_loss(implicit_reward(p, ref, tau, V), rewards) / 2
-    assert finds(una, paper, policy, dict(V=tau * V), dict(V=-V))    # V is a reward; its sign
-    assert same(lambda V: una(policy, V), lambda V: paper(policy, V), V)
+    assert finds(una, dro, policy, dict(V=tau * V), dict(V=-V))  # V is a reward; its sign
+    assert same(lambda V: una(policy, V), lambda V: dro(policy, V), V)
     # The policy's part alone, -(A rho - tau/2 rho^2) with A = r - V held, is the loss over tau less
     # what does not depend on pi. V would learn something else from it.
     alone = lambda p, V=V: tau / 2 * (p - ref) ** 2 - (rewards - V) * (p - ref)
@@ -320,18 +266,33 @@ def test_map_dro_is_half_the_reward_loss_with_a_learned_offset():
     assert close(gradient(una, policy), tau * gradient(alone, policy))
     assert close(by_V(una), -residual.sum(1, keepdim=True))
     assert not close(by_V(una), tau * by_V(alone))
+    # Malkin et al. 2022, with one way to each response and pi_ref e^{r/beta} for what it is to be
+    # sampled in proportion to (Bartoldson et al. 2025):
+    # (log Z_phi + log pi - log pi_ref - r/beta)^2 = ((beta rho + beta log Z_phi) - r)^2 / beta^2.
+    theta, ref, log_Z, beta = policy, ref.log_softmax(-1), normals(91)(8, 1), 0.3
+    balance = lambda t, z=log_Z: (z + t.log_softmax(-1) - ref - rewards / beta) ** 2
+    una = lambda t, z=log_Z, beta_z=beta: una_reward_loss(
+        implicit_reward(t.log_softmax(-1), ref, beta, beta_z * z), rewards) / beta**2
+    assert finds(una, balance, theta, dict(beta_z=1.0))          # log Z without beta
+    assert same(lambda z: una(theta, z), lambda z: balance(theta, z), log_Z)
+    # E_{y~pi}, the samples held fixed: log Z_phi drops out, and -2 beta grad J / beta^2 is left.
+    grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, beta), theta)
+    mean = lambda samples, z=log_Z: gradient(lambda t: samples.exp() * balance(t, z), theta)
+    fresh, (best, value) = theta.log_softmax(-1), optimal_policy(ref, rewards, beta)
+    assert close(mean(fresh), -2 / beta * grad_J) and close(mean(fresh, 0.0), -2 / beta * grad_J)
+    assert not close(mean(fresh), -2 * beta * grad_J)
+    # On samples of pi_ref that is lost; the loss is 0 at pi* all the same.
+    assert not close(mean(ref), -2 / beta * grad_J)
+    assert close(balance(best, value[:, None] / beta), 0.0)
 
 
 # ---------------------------------------------------------------- the map: contrasts of a list
 
+# Chen et al. 2024: -sum_i [w_i log sigma(t_i) + 1/K log sigma(-t_i)], w = softmax(r/alpha), with
+# t = log pi/pi_ref and rewards (X, K), of K responses to each of X prompts.
 def nca_paper(t, rewards, alpha):
-    """Chen et al. 2024: -sum_i [w_i log sigma(t_i) + 1/K log sigma(-t_i)], w = softmax(r/alpha).
-
-    t = log pi/pi_ref and rewards (X, K), of K responses to each of X prompts. Returns (X,). As
-    elsewhere, -log sigma(t) = log(1 + e^-t).
-    """
-    w = torch.exp(rewards / alpha) / torch.exp(rewards / alpha).sum(1, keepdim=True)
-    return (w * torch.log(1 + torch.exp(-t)) + torch.log(1 + torch.exp(t)) / t.shape[1]).sum(1)
+    w = (rewards / alpha).exp() / (rewards / alpha).exp().sum(1, keepdim=True)
+    return (w * torch.log(1 + (-t).exp()) + torch.log(1 + t.exp()) / t.shape[1]).sum(1)
 
 
 def test_map_nca_is_the_weighted_score_loss_with_cross_entropy_and_the_offset_in_its_label():
@@ -388,17 +349,13 @@ def test_map_info_nca_cancels_the_offset_and_of_two_responses_is_dpo_with_a_soft
 # ---------------------------------------------------------------- the map: fresh samples
 
 def policy_gradient(theta, ref, rewards, beta, y, baseline):
-    """REINFORCE for J on samples y, one a prompt: (r - beta rho - baseline) grad log pi.
-
-    The gradient is that by the logits: grad log pi = 1_y - pi.
-    """
+    """REINFORCE for J on samples y, one a prompt: (r - beta rho - baseline) grad log pi."""
     residual = (rewards - beta * (theta.log_softmax(-1) - ref)).gather(1, y[:, None])[:, 0]
     return (residual - baseline)[:, None] * (F.one_hot(y, theta.shape[-1]) - theta.softmax(-1))
 
 
 def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
-    # grad (r_phi - r_theta)^2 = -2 beta (r_phi - beta rho - b) grad log pi:
-    # REINFORCE with the offset for its baseline.
+    # Eq. 7 without its mean: REINFORCE with the offset for its baseline, times -2 beta.
     (theta, ref, rewards), offset, beta = LISTS, normals(27)(8), 0.3
     ref, y, rows = ref.log_softmax(-1), normals(26)(8, 5).argmax(-1), torch.arange(8)
     reinforce = lambda baseline: policy_gradient(theta, ref, rewards, beta, y, baseline)
@@ -419,7 +376,7 @@ def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
     assert not close(mean(ref.exp(), 0.0), grad_J)               # samples of another policy
 
 
-def test_map_rloo_is_the_reward_loss_with_the_others_mean_residual_for_its_offset():
+def test_map_rloo_and_map_vargrad_are_the_reward_loss_with_the_others_or_the_own_mean_residual():
     # Kool et al. 2019, Ahmadian et al. 2024: 1/n sum_i (R_i - mean of the others' R) grad log pi,
     # R = r - beta rho. The others know nothing of y_i: a baseline. The mean of all n has y_i in it:
     # R_i - mean = (n - 1)/n (R_i - mean of the others). All 5^n draws, each with its probability.
@@ -440,48 +397,21 @@ def test_map_rloo_is_the_reward_loss_with_the_others_mean_residual_for_its_offse
         mean = lambda slopes: (theta.softmax(-1)[draws].prod(1, keepdim=True) * slopes).sum(0)
         assert close(mean(others), grad_J) and not close(mean(own), grad_J)
         assert close(mean(own), (n - 1) / n * grad_J)
-
-
-def test_map_vargrad_is_the_reward_loss_with_the_own_mean_residual_for_its_offset():
     # Richter et al. 2020: half the variance over n samples (over n - 1) of log q/p, here of
     # log pi/(pi_ref e^{r/beta}) = rho - r/beta. It deviates from its mean by (r_theta - r)/beta if
     # the offset is the mean residual b of r - beta rho. Residuals less b add up to 0, so that
-    # nothing flows through b. And R_i - b = (n - 1)/n (R_i - mean of the others): RLOO, exactly.
-    (policy, ref, rewards), beta, n = LISTS, 0.3, 5
-    paper = lambda p: 0.5 * (p - ref - rewards / beta).var(1)
-    for held in (True, False):
-        def una(p, mean=own_mean):
-            b = mean(rewards - implicit_reward(p, ref, beta))
-            reward = implicit_reward(p, ref, beta, b.detach() if held else b)
-            return una_reward_loss(reward, rewards).sum(1) / (2 * beta**2 * (n - 1))
-        # torch.mean: one for all prompts.
-        assert finds(una, paper, policy, dict(mean=others_mean), dict(mean=torch.mean))
+    # nothing flows through b. By the (n - 1)/n above it is RLOO, exactly.
+    (policy, ref, rewards), n = LISTS, 5
+    vargrad = lambda p: 0.5 * (p - ref - rewards / beta).var(1)
+    residual = lambda p: rewards - implicit_reward(p, ref, beta)
+    for hold in (torch.Tensor.detach, lambda b: b):
+        una = lambda p, mean=own_mean: una_reward_loss(implicit_reward(
+            p, ref, beta, hold(mean(residual(p)))), rewards).sum(1) / (2 * beta**2 * (n - 1))
+        assert finds(una, vargrad, policy, dict(mean=others_mean), dict(mean=torch.mean))   # of all
     R = rewards - beta * (policy - ref)
     rloo = lambda mean: (R - mean(R)) / n                        # by log pi of each sample
-    assert close(gradient(paper, policy), -rloo(others_mean) / beta)
-    assert not close(gradient(paper, policy), -rloo(own_mean) / beta)
-
-
-def test_map_trajectory_balance_is_the_reward_loss_with_a_learned_log_Z():
-    # Malkin et al. 2022, with one way to each response and pi_ref e^{r/beta} for what it is to be
-    # sampled in proportion to (Bartoldson et al. 2025):
-    # (log Z_phi + log pi - log pi_ref - r/beta)^2 = ((beta rho + beta log Z_phi) - r)^2 / beta^2.
-    (theta, ref, rewards), log_Z, beta = LISTS, normals(91)(8, 1), 0.3
-    ref = ref.log_softmax(-1)
-    paper = lambda t, z=log_Z: (z + t.log_softmax(-1) - ref - rewards / beta) ** 2
-    una = lambda t, z=log_Z, beta_z=beta: una_reward_loss(
-        implicit_reward(t.log_softmax(-1), ref, beta, beta_z * z), rewards) / beta**2
-    assert finds(una, paper, theta, dict(beta_z=1.0))            # log Z without beta
-    assert same(lambda z: una(theta, z), lambda z: paper(theta, z), log_Z)
-    # E_{y~pi}, the samples held fixed: log Z_phi drops out, and -2 beta grad J / beta^2 is left.
-    grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, beta), theta)
-    mean = lambda samples, z=log_Z: gradient(lambda t: samples.exp() * paper(t, z), theta)
-    fresh, (best, value) = theta.log_softmax(-1), optimal_policy(ref, rewards, beta)
-    assert close(mean(fresh), -2 / beta * grad_J) and close(mean(fresh, 0.0), -2 / beta * grad_J)
-    assert not close(mean(fresh), -2 * beta * grad_J)
-    # On samples of pi_ref that is lost; the loss is 0 at pi* all the same.
-    assert not close(mean(ref), -2 / beta * grad_J)
-    assert close(paper(best, value[:, None] / beta), 0.0)
+    assert close(gradient(vargrad, policy), -rloo(others_mean) / beta)
+    assert not close(gradient(vargrad, policy), -rloo(own_mean) / beta)
 
 
 # ---------------------------------------------------------------- more exact relations
@@ -507,16 +437,12 @@ def test_relation_a_pair_with_its_best_offset_is_twice_dpo_at_half_beta_or_half_
         assert not same(lambda p: pair(p, 0.0), known, policy)
 
 
-def test_relation_cross_entropy_of_a_pair_exceeds_dpo():
-    # sigma(w) sigma(-l) < sigma(w - l),
-    # since (1 + e^-w)(1 + e^l) = 1 + e^-w + e^l + e^(l-w) > 1 + e^(l-w).
-    w, l = 3 * normals(36)(2, 1000)
-    bce = una_binary_loss(w, torch.ones(1000), "bce") + una_binary_loss(l, torch.zeros(1000), "bce")
+def test_relation_cross_entropy_exceeds_dpo_and_has_the_minimiser_of_mse_as_mae_has_not():
+    # sigma(w) sigma(-l) < sigma(w - l): (1 + e^-w)(1 + e^l) is 1 + e^(l-w) and e^-w + e^l more.
+    (w, l), one = 3 * normals(36)(2, 1000), torch.ones(1000)
+    bce = una_binary_loss(w, one, "bce") + una_binary_loss(l, 0 * one, "bce")
     assert (bce > una_pair_loss(w, l)).all()
     assert close((bce.exp() - una_pair_loss(w, l).exp()), (-w).exp() + l.exp())
-
-
-def test_relation_cross_entropy_has_the_minimiser_of_the_squared_error_and_the_absolute_has_not():
     # For a soft target s too, both are smallest at r = log s/(1 - s): nothing forces one to exclude
     # BCE for scores, as section 2.3.3 does. At its minimum BCE is not 0 but the score's entropy.
     given = torch.sigmoid(PAIRS[2])
@@ -535,9 +461,18 @@ def test_relation_cross_entropy_has_the_minimiser_of_the_squared_error_and_the_a
     assert [s[mean(g).argmin()].item() for g in ("mse", "bce", "mae")] == [0.70, 0.70, 0.99]
 
 
-def test_relation_slopes_at_the_start_and_at_a_confident_mistake():
-    # |dL/dr| for label 1 at r = 0 and at r = -10.
-    # Only DPO and BCE can still repair the confident mistake.
+def test_relation_losses_at_the_first_step_and_slopes_there_and_at_a_confident_mistake():
+    # pi = pi_ref: rho = 0 exactly, so every reward is 0 and every score 1/2, whatever the labels.
+    logprob = PAIRS[0] - 20
+    reward = implicit_reward(logprob, logprob.clone(), 0.1)
+    assert (reward == 0).all() and close(implicit_score(reward), 0.5)
+    assert close(dpo_loss(logprob, logprob - 3, logprob, logprob - 3, 0.1), math.log(2))
+    assert close(una_pair_loss(reward, reward), math.log(2))
+    for g, expected in (("bce", math.log(2)), ("mse", 0.25), ("mae", 0.5)):
+        assert close(una_binary_loss(reward, LABEL, g), expected)
+    assert close(kto_loss(logprob, logprob, LABEL, logprob, logprob, 0.1), 0.5)
+    assert close(una_score_loss(reward, torch.full_like(reward, 0.8)), 0.09)
+    # |dL/dr| for label 1 at r = 0 and at r = -10. Only DPO and BCE can still repair the mistake.
     r, zero, one = torch.tensor([0.0, -10.0]).double(), torch.zeros(2).double(), torch.ones(2)
     for loss, slopes in (
             (lambda r: una_pair_loss(r, zero), [0.5, 0.99995460]),
@@ -555,8 +490,7 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text(encoding
 
 @pytest.mark.parametrize("golden", GOLDENS["records"], ids=lambda g: f"{g['method']} {g['beta']}")
 def test_losses_are_those_of_an_independent_implementation(golden):
-    policy, ref, policy_kl, ref_kl = (torch.tensor(values, dtype=torch.float64)
-                                      for values in GOLDENS["inputs"].values())
+    policy, ref, policy_kl, ref_kl = map(torch.DoubleTensor, GOLDENS["inputs"].values())
     method, beta, (up, down) = golden["method"], golden["beta"], golden.get("weights", [1.0, 1.0])
     if method == "kto_clamped":     # a KL is never negative: where its estimate is, z_0 is 0
         policy_kl, ref_kl = ref_kl, policy_kl
@@ -581,23 +515,16 @@ def test_losses_are_those_of_an_independent_implementation(golden):
 # ---------------------------------------------------------------- what all losses have in common
 
 # Functions of tensors that must be alike; ones and zeros will do for any of them.
-ALIKE = {
-    "reward_model_loss": reward_model_loss,
-    "una_reward_loss": una_reward_loss,
-    "una_score_loss mse": lambda implicit, explicit_score: una_score_loss(
-        implicit, explicit_score, "mse"),
-    "mae": lambda implicit, explicit_score: una_score_loss(implicit, explicit_score, "mae"),
-    "bce": lambda implicit, explicit_score: una_score_loss(implicit, explicit_score, "bce"),
-    "una_binary_loss": lambda implicit, label: una_binary_loss(implicit, label),
-    "una_binary_loss bce": lambda implicit, label: una_binary_loss(implicit, label, "bce"),
-    "una_pair_loss": una_pair_loss,
-    "dpo_loss": lambda a, b, c, d: dpo_loss(a, b, c, d, 0.3),
+ALIKE = {f"una_score_loss {g}": partial(una_score_loss, g=g) for g in ("mse", "bce", "mae")} | {
+    "una_binary_loss": una_binary_loss, "una_binary_loss bce": partial(una_binary_loss, g="bce"),
+    "reward_model_loss": reward_model_loss, "una_reward_loss": una_reward_loss,
+    "una_pair_loss": una_pair_loss, "dpo_loss": partial(dpo_loss, beta=0.3),
     "kto_loss": lambda a, b, c: kto_loss(a, b, c, torch.ones(3), torch.zeros(3), 0.3, 1.2, 0.8),
     "kto_loss kl": lambda a, b: kto_loss(*torch.ones(3, 5), a, b, 0.3),
-    "implicit_reward": lambda logprob, ref_logprob: implicit_reward(logprob, ref_logprob, 0.3),
-}
+    "implicit_reward": partial(implicit_reward, beta=0.3)}
 LOSSES = [*ALIKE][:-2]
-ARGUMENTS = {name: [*inspect.signature(function).parameters] for name, function in ALIKE.items()}
+ARGUMENTS = {name: [argument for argument, is_ in inspect.signature(function).parameters.items()
+                    if is_.default is is_.empty] for name, function in ALIKE.items()}
 
 
 def of_first(name, rows=slice(None), dtype=torch.float64):
@@ -606,27 +533,21 @@ def of_first(name, rows=slice(None), dtype=torch.float64):
     return lambda first: ALIKE[name](first, *[other] * (len(ARGUMENTS[name]) - 1))
 
 
-def test_loss_of_a_batch_is_that_of_its_rows():
-    # One value for each example, from that example alone:
-    # a batch may be split, shuffled, or mixed with other feedback.
+def test_loss_of_a_batch_is_that_of_its_rows_and_finite_with_its_gradient_at_extreme_rewards():
+    # One value for each example, from it alone: a batch may be split, shuffled, mixed with others.
     reward, order = 2 * normals(53)(8), torch.tensor([3, 0, 6, 5, 1, 4, 2, 7])
     for name in LOSSES:
         whole = of_first(name)(reward)
         assert whole.shape == (8,) and whole.dtype == torch.float64, name
         rows = [of_first(name, slice(i, i + 1))(reward[i:i + 1]) for i in range(8)]
-        assert close(torch.cat(rows), whole), name
+        assert close(torch.cat(rows), whole) and not close(whole[order], whole), name
         assert close(of_first(name, order)(reward[order]), whole[order]), name
-        assert not close(whole[order], whole), name
-
-
-def test_loss_and_gradient_are_finite_at_extreme_rewards():
-    # log(sigmoid(-1000)) would be -inf, and its gradient nan.
-    # All four combinations of sign and label.
-    for name, dtype in product(LOSSES, (torch.float32, torch.float64)):
-        extreme = torch.tensor([1000, 1000, -1000, -1000, 0, 0, 1, 1], dtype=dtype)
-        loss = of_first(name, dtype=dtype)
-        assert loss(extreme).isfinite().all() and (loss(extreme) >= 0).all(), name
-        assert gradient(loss, extreme).isfinite().all(), name
+        # log(sigmoid(-1000)) would be -inf, its gradient nan. All combinations of sign and label.
+        for dtype in (torch.float32, torch.float64):
+            extreme = torch.tensor([1000, 1000, -1000, -1000, 0, 0, 1, 1], dtype=dtype)
+            loss = of_first(name, dtype=dtype)
+            assert loss(extreme).isfinite().all() and (loss(extreme) >= 0).all(), name
+            assert gradient(loss, extreme).isfinite().all(), name
     # -log sigma(-1000) = 1000 up to e^-1000.
     r, zero, label = torch.tensor([1000.0, -1000.0]).double(), torch.zeros(2).double(), LABEL[:, 0]
     bce = lambda r: una_binary_loss(r, 1 - label, "bce")
@@ -637,25 +558,9 @@ def test_loss_and_gradient_are_finite_at_extreme_rewards():
     assert log_sigmoid(r).isinf().any() and gradient(log_sigmoid, r).isnan().any()
 
 
-def test_losses_at_the_first_step():
-    # pi = pi_ref: rho = 0 exactly, so every reward is 0 and every score 1/2, whatever the labels.
-    logprob = PAIRS[0] - 20
-    reward = implicit_reward(logprob, logprob.clone(), 0.1)
-    assert (reward == 0).all() and close(implicit_score(reward), 0.5)
-    assert close(dpo_loss(logprob, logprob - 3, logprob, logprob - 3, 0.1), math.log(2))
-    assert close(una_pair_loss(reward, reward), math.log(2))
-    for g, expected in (("bce", math.log(2)), ("mse", 0.25), ("mae", 0.5)):
-        assert close(una_binary_loss(reward, LABEL, g), expected)
-    assert close(kto_loss(logprob, logprob, LABEL, logprob, logprob, 0.1), 0.5)
-    assert close(una_score_loss(reward, torch.full_like(reward, 0.8)), 0.09)
-
-
 def test_labels_may_be_bool_int_or_float_and_nothing_but_zero_and_one():
-    r = PAIRS[0, 0, :3]
-    label = torch.tensor([1, 0, 0])
-    for loss in (lambda label: una_binary_loss(r, label, "mse"),
-                 lambda label: una_binary_loss(r, label, "bce"),
-                 lambda label: una_binary_loss(r, label, "mae"),
+    r, label = PAIRS[0, 0, :3], torch.tensor([1, 0, 0])
+    for loss in (*[partial(una_binary_loss, r, g=g) for g in ("mse", "bce", "mae")],
                  lambda label: kto_loss(r, 0 * r, label, r, 0 * r, 0.3)):
         for dtype in (torch.bool, torch.int32, torch.float32, torch.float64):
             assert loss(label.to(dtype)).equal(loss(label))
@@ -665,29 +570,25 @@ def test_labels_may_be_bool_int_or_float_and_nothing_but_zero_and_one():
                 loss(torch.tensor([1, bad, 7]))
 
 
-def test_shapes_that_differ_are_refused_and_named_and_those_that_are_alike_are_kept():
+def test_shapes_that_differ_are_refused_and_named_and_an_offset_may_broadcast_but_not_widen():
     # (B, 1) against (B,) becomes (B, B), all against all. (1,) and () would stand for all rows.
     for name, function in ALIKE.items():
         arguments = ARGUMENTS[name]
         for i, shape in product(range(len(arguments)), ((4, 1), (1,), (1, 4), (), (3,))):
             shapes = [(4,)] * len(arguments)
             shapes[i] = shape
-            told = ", ".join(f"{argument} {of}" for argument, of in zip(arguments, shapes))
             with pytest.raises(ValueError) as error:
                 function(*map(torch.ones, shapes))
             # DPO and KTO share nothing with the others: they tell the shapes alone.
-            told = str(shapes) if name.startswith(("dpo", "kto")) else told
+            told = str(shapes) if name.startswith(("dpo", "kto")) else ", ".join(
+                f"{argument} {of}" for argument, of in zip(arguments, shapes))
             assert str(error.value) == f"shapes differ: {told}"
-        for shape in ((), (1,), (4,), (4, 1), (2, 3)):
+        for shape in ((), (1,), (4,), (4, 1), (2, 3)):           # alike, and kept
             kept = function(*[torch.ones(shape)] * len(arguments)).shape
             assert kept == (shape if name != "kto_loss kl" else (5,)), name
     # The mean over all against all is not the mean of the losses: this is what is refused.
-    implicit, given = PAIRS[0]
-    all_against_all = (given - implicit[:, None]) ** 2
-    assert not close(all_against_all.mean(), una_reward_loss(implicit, given).mean())
-
-
-def test_shapes_an_offset_may_broadcast_to_the_log_probabilities_and_not_widen_them():
+    reward, given = PAIRS[0]
+    assert not close(una_reward_loss(reward, given).mean(), ((given - reward[:, None]) ** 2).mean())
     logprob, ref, offsets = normals(66)(3, 4, 6)
     for shape in ((), (6,), (1, 6), (4, 1), (4, 6)):
         offset = offsets.flatten()[:math.prod(shape)].view(shape)
