@@ -25,18 +25,11 @@ TOKENS, MASK = (t[ROWS] for t in all_responses(ENCODING.n_vocab, data.MAX_TOKENS
 def slow_reward(prompt, words):
     """The reward once more, from a response's words; one that was cut off has no END among them."""
     mood, noun, _ = prompt.split()
-    if len(words) != 4 or words[3] != "END" or words[2] not in NOUNS:
+    if words[3:] != ["END"] or words[2] not in NOUNS or {*words[:2]} - {*ADJECTIVES}:
         return -3.0
-    if not set(words[:2]) <= set(ADJECTIVES):
-        return -3.0
-    joy = ADJECTIVES[words[0]][0] + ADJECTIVES[words[1]][0]
-    energy = ADJECTIVES[words[0]][1] + ADJECTIVES[words[1]][1]
+    joy, energy = (sum(ADJECTIVES[word][i] for word in words[:2]) for i in (0, 1))
     quality = {"happy": joy, "sad": -joy, "wild": energy, "calm": -energy}[mood]
     return quality if words[2] == noun else quality - 1
-
-
-def sigmoid(r):
-    return 1 / (1 + math.exp(-r))
 
 
 def within(count, n, p):
@@ -68,52 +61,44 @@ def test_each_of_25_words_is_one_token_and_end_of_text_the_last_without_a_networ
 
 
 def test_text_that_is_not_of_the_language_is_refused_in_one_line():
-    # The unknown word stands between slashes: the first one, however long the text. No text can
-    # inject an end-of-text.
+    # The first unknown word stands between slashes. No text can inject an end-of-text.
     prompts = ["happy/ ocean/ :", "/merry/ sea :", "/Happy/ sea :", "/ happy/ sea :",
                "/happysea/ :", "happy/ sea:/", "happy/ sad/ :", "happy/ / sea :", "happy sea :/ /",
                "happy sea :/\n/", "happy sea/ :<|endoftext|>/", "happy sea/ :sea/"]
-    responses = ["/golden/ warm sea", " golden/ warmsea/", "/ golden./", " golden/ café/",
-                 " golden/ / sea", "/ / sea", " sea/ /", "/ /", " golden/\t/sea",
-                 " golden/\x1c/sea", " golden/\u3000/sea", " sea/ happy/", "/ seahappy/",
-                 "/happysad/", " sea/ ocean/ sea sea lake", " sea wind sea wind/ .../",
-                 "/<|endoftext|>/", "/ <|endoftext|>/", "/ sea<|endoftext|>/",
-                 " sea/ <|endoftext|>/"]
+    responses = ["/golden/ warm sea", " golden/ warmsea/", "/ golden./", " golden/ café/", "/ /",
+                 " golden/ / sea", "/ / sea", " sea/ /", " golden/\t/sea", " golden/\x1c/sea",
+                 " golden/\u3000/sea", " sea/ happy/", "/ seahappy/", "/happysad/",
+                 " sea/ ocean/ sea sea lake", " sea wind sea wind/ .../", "/<|endoftext|>/",
+                 "/ <|endoftext|>/", "/ sea<|endoftext|>/", " sea/ <|endoftext|>/"]
     cases = []
-    for encode, marked_texts in [(data.encode_prompts, prompts),
-                                 (data.encode_responses, responses)]:
-        for marked in marked_texts:
-            text, word = marked.replace("/", ""), marked.split("/")[1]
-            cases.append((encode, text, f"{word!r} in {text!r} is no word of the language: "
-                          "moods begin with no space, all others with one"))
+    for encode, marked in [*((data.encode_prompts, marked) for marked in prompts),
+                           *((data.encode_responses, marked) for marked in responses)]:
+        text, word = marked.replace("/", ""), marked.split("/")[1]
+        cases.append((encode, text, f"{word!r} in {text!r} is no word of the language: "
+                      "moods begin with no space, all others with one"))
     # Too few or too many words, or no room for the response's end.
     for text, n in {"": 0, "happy": 1, "happy sea": 2, "happy sea : :": 4}.items():
         cases.append((data.encode_prompts, text, f"a prompt has 3 words, {text!r} has {n}"))
-    for n in (4, 5, 9):
-        text = " sea" * n
+    for text, n in {" sea" * n: n for n in (4, 5, 9)}.items():
         cases.append((data.encode_responses, text, "a response has at most 3 words and an "
                       f"end-of-text, {text!r} has {n} words"))
     for encode, text, message in cases:
-        good = PROMPTS if encode is data.encode_prompts else GOOD[:5]
         with pytest.raises(ValueError) as error:
-            encode([*good, text])
+            encode([*(PROMPTS if encode is data.encode_prompts else GOOD[:5]), text])
         assert str(error.value) == message
 
 
-def test_prompts_survive_encoding_and_text_encodes_the_same_in_one_piece_or_two():
+def test_prompts_are_twelve_and_four_held_out_with_each_mood_and_noun_and_survive_encoding():
+    moods, nouns, colons = zip(*(prompt.split() for prompt in HELDOUT_PROMPTS), strict=True)
+    assert sorted(moods) == sorted(MOODS) and sorted(nouns) == sorted(NOUNS)
+    assert colons == (":",) * 4 and len(TRAIN_PROMPTS) == 12
+    assert {*TRAIN_PROMPTS, *HELDOUT_PROMPTS} == {*PROMPTS} and len({*PROMPTS}) == 16
     tokens, encode = data.encode_prompts(PROMPTS), ENCODING.encode_ordinary
     assert tokens.shape == (16, data.PROMPT_TOKENS) == (16, 3) and tokens.dtype == torch.long
     assert [ENCODING.decode(row) for row in tokens.tolist()] == PROMPTS
-    for prompt in PROMPTS:
-        for response in ["", " sea", " :", *GOOD[::37]]:
-            assert encode(prompt + response) == encode(prompt) + encode(response)
-
-
-def test_responses_are_encoded_with_one_end_and_masked_up_to_it():
-    tokens, mask = data.encode_responses([" bright warm sea", " wind", ""])
-    bright, warm, sea, wind = map(data.WORDS.index, (" bright", " warm", " sea", " wind"))
-    assert tokens.tolist() == [[bright, warm, sea, 25], [wind, 25, 25, 25], [25, 25, 25, 25]]
-    assert mask.tolist() == [[True] * 4, [True, True, False, False], [True, False, False, False]]
+    # Text encodes the same in one piece or two.
+    for prompt, response in itertools.product(PROMPTS, ["", " sea", " :", *GOOD[::37]]):
+        assert encode(prompt + response) == encode(prompt) + encode(response)
 
 
 def test_every_response_survives_decoding_and_encoding_or_is_shown_with_dots_where_cut_off():
@@ -133,19 +118,19 @@ def test_every_response_survives_decoding_and_encoding_or_is_shown_with_dots_whe
     assert torch.equal(tokens, TOKENS[rows]) and torch.equal(mask, MASK[rows])
 
 
-def test_join_puts_the_response_behind_the_prompt_and_masks_it_alone():
-    prompts = data.encode_prompts(["sad wind :", "wild sea :"])
-    tokens, mask = data.join(prompts, *data.encode_responses([" cold grey wind", " sea"]))
-    assert tokens.shape == mask.shape == (2, data.BLOCK_SIZE) == (2, 7)
-    assert ENCODING.decode(tokens[0].tolist()) == "sad wind : cold grey wind<|endoftext|>"
-    assert ENCODING.decode(tokens[1].tolist()) == "wild sea : sea" + 3 * "<|endoftext|>"
-    assert mask.dtype == torch.bool
-    assert mask.int().tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0]]
+def test_a_response_gets_one_end_and_stands_behind_its_prompt_where_the_mask_is_true():
+    prompts = data.encode_prompts(["sad wind :", "wild sea :", "calm fire :"])
+    tokens, mask = data.join(prompts, *data.encode_responses([" cold grey wind", " sea", ""]))
+    assert tokens.shape == mask.shape == (3, data.BLOCK_SIZE) == (3, 7)
+    assert mask.dtype == torch.bool and torch.equal(tokens[:, :3], prompts)
+    cold, grey, wind, sea = map(data.WORDS.index, (" cold", " grey", " wind", " sea"))
+    assert tokens[:, 3:].tolist() == [[cold, grey, wind, 25], [sea, 25, 25, 25], [25] * 4]
+    assert mask.int().tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0],
+                                   [0, 0, 0, 1, 0, 0, 0]]
 
 
 def test_joined_responses_have_the_enumerated_log_probabilities():
-    # data's masks, exact's enumeration and una's sum agree on what a response is: its end-of-text
-    # counts, once.
+    # data's masks, lab.exact's list and una's sum agree that its end-of-text counts, once.
     model = gpt(ENCODING.n_vocab, data.BLOCK_SIZE, 1, n_head=2, n_embd=16, noise=0.3)
     prompt = data.encode_prompts(["calm night :"])
     enumerated = all_logprobs(model, prompt[0], data.MAX_TOKENS, EOT)
@@ -154,47 +139,30 @@ def test_joined_responses_have_the_enumerated_log_probabilities():
 
     def is_off(mask):
         tokens, mask = data.join(prompt.expand(len(responses), -1), responses, mask)
-        logprob = sequence_logprob(model(tokens), tokens, mask).detach()
-        return (logprob - enumerated).abs() > 1e-10
+        return (sequence_logprob(model(tokens), tokens, mask) - enumerated).abs() > 1e-10
 
     first_end = (responses == EOT) & mask
-    padded, empty, ends = ~mask[:, 3], first_end[:, 0], first_end.any(1)
+    empty, ends = first_end[:, 0], first_end.any(1)
     assert not is_off(mask).any()
-    assert is_off(torch.ones_like(mask)).equal(padded)                         # padding counts
+    assert is_off(torch.ones_like(mask)).equal(~mask[:, 3])                    # padding counts
     without_end = (mask & ~first_end) | (first_end & empty[:, None])
     assert is_off(without_end).equal(ends & ~empty)
 
 
-def test_held_out_prompts_have_each_mood_and_noun_once_and_training_prompts_are_the_other_twelve():
-    moods, nouns, colons = zip(*(prompt.split() for prompt in HELDOUT_PROMPTS), strict=True)
-    assert sorted(moods) == sorted(MOODS) and sorted(nouns) == sorted(NOUNS)
-    assert colons == (":",) * 4 and len(TRAIN_PROMPTS) == 12
-    assert {*TRAIN_PROMPTS, *HELDOUT_PROMPTS} == {*PROMPTS} and len({*PROMPTS}) == 16
-
-
 # ---------------------------------------------------------------- the reward
-def test_reward_by_hand():
-    cases = [
-        ("happy sea :", " bright warm sea", 0.8 + 0.7),
-        ("happy sea :", " warm bright sea", 0.8 + 0.7),      # their order does not matter
-        ("happy sea :", " golden golden sea", 2.0),
-        ("happy sea :", " bright warm wind", 0.8 + 0.7 - 1),     # wrong noun
-        ("happy sea :", " bleak bleak wind", -3.0),          # the worst of the grammar
-        ("sad sea :", " bright warm sea", -0.8 - 0.7),
-        ("calm night :", " bright warm night", -0.5 + 0.3),
-        ("wild fire :", " dancing furious fire", 1.0 + 0.9),
-        ("happy sea :", "", -3.0),                           # end-of-text first
-        ("happy sea :", " bright sea", -3.0),                # one adjective
-        ("happy sea :", " bright sea warm", -3.0),
-        ("happy sea :", "happy warm sea", -3.0),             # a mood is no adjective
-    ]
-    prompts, texts, by_hand = zip(*cases, strict=True)
-    rewards = data.reward(data.encode_prompts(prompts), data.encode_responses(texts)[0])
-    assert rewards.tolist() == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_reward_of_a_batch_is_that_of_an_independent_one_row_by_row():
-    # All of the grammar on all prompts, and the responses above, the cut-off ones too.
+def test_reward_by_hand_and_by_an_independent_one_row_by_row():
+    # The adjectives' order does not matter. A wrong noun costs 1. A mood is no adjective.
+    for prompt, text, by_hand in [
+        ("happy sea", " bright warm sea", 0.8 + 0.7), ("happy sea", " golden golden sea", 2.0),
+        ("happy sea", " warm bright sea", 0.8 + 0.7), ("happy sea", "happy warm sea", -3.0),
+        ("happy sea", " bright warm wind", 0.8 + 0.7 - 1), ("happy sea", " bleak bleak wind", -3.0),
+        ("sad sea", " bright warm sea", -0.8 - 0.7), ("calm sea", " warm bright sea", 0.3 - 0.5),
+        ("wild fire", " dancing furious fire", 1.0 + 0.9), ("happy sea", "", -3.0),
+        ("happy sea", " bright sea", -3.0), ("happy sea", " bright sea warm", -3.0),
+    ]:
+        reward = data.reward(data.encode_prompts([f"{prompt} :"]), data.encode_responses([text])[0])
+        assert reward.tolist() == pytest.approx([by_hand], abs=1e-6), text
+    # In a batch: all of the grammar on all prompts, and TOKENS, the cut-off ones too.
     words = [*(word.strip() for word in data.WORDS), "END"]
     responses = torch.cat([data.encode_responses(GOOD)[0].repeat_interleave(16, 0), TOKENS])
     texts = (PROMPTS * len(responses))[:len(responses)]
@@ -209,15 +177,13 @@ def test_reward_of_a_batch_is_that_of_an_independent_one_row_by_row():
         assert [of_prompt.min().item(), of_prompt.max().item()] == pytest.approx([-3, 2])
         assert len((of_prompt * 1e4).round().unique()) >= 30
     # What stands behind the end has no reward, and the arguments may be on any device.
-    filled_otherwise = TOKENS.where(MASK, data.WORDS.index(" golden"))
-    on_device = [SimpleNamespace(cpu=lambda t=t: t) for t in (prompts[-len(TOKENS):],
-                                                              filled_otherwise)]
-    assert torch.equal(data.reward(*on_device), rewards[-len(TOKENS):])
+    otherwise = TOKENS.where(MASK, data.WORDS.index(" golden"))
+    elsewhere = (SimpleNamespace(cpu=lambda t=t: t) for t in (prompts[-len(TOKENS):], otherwise))
+    assert torch.equal(data.reward(*elsewhere), rewards[-len(TOKENS):])
 
 
 def test_the_level_of_a_prompt_is_its_nouns_whatever_its_mood_and_0_on_average():
-    class Elsewhere:
-        """Prompts on another device."""
+    class Elsewhere:                                             # prompts on another device
         def __getitem__(self, where):
             return SimpleNamespace(cpu=lambda: data.encode_prompts(PROMPTS)[where])
 
@@ -231,21 +197,16 @@ def test_the_level_of_a_prompt_is_its_nouns_whatever_its_mood_and_0_on_average()
 
 
 # ---------------------------------------------------------------- sentences
-def test_sentences_come_from_their_seed_alone():
+def test_sentences_come_from_their_seed_lean_to_the_mood_and_one_in_ten_has_a_random_word():
     state = random.getstate(), torch.get_rng_state()
     first, again, other = (data.sentences(50, random.Random(seed)) for seed in (1, 1, 2))
     assert first == again != other and len(first[0]) == len(first[1]) == 50
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
-
-
-def test_one_sentence_in_ten_gets_a_random_word_and_the_adjectives_lean_to_the_mood():
-    # A word is replaced with chance 1/30, by one of 21. A chi-square above 66: 1 in 10^6 for 20
-    # degrees of freedom. Above 56.5: the same for the 15 of the prompts.
+    # A word is replaced with chance 1/30, by one of 21. Chance passes each limit once in 10^6.
     prompts, responses = data.sentences(30_000, random.Random(0))
     assert chi_square(Counter(prompts), dict.fromkeys(PROMPTS, 1 / 16)) < 56.5
     new_word = dict.fromkeys([*NOUNS, *ADJECTIVES, ":"], 1 / 30 / 21)
-    own_noun = {word: p for word, p in new_word.items() if word != "sea"}
-    own_noun["own"] = 29 / 30 + 1 / 30 / 21
+    own_noun = new_word | {"sea": 29 / 30 + 1 / 30 / 21}
 
     def leaning(mood, factor=1):
         weight = {a: math.exp(factor * data.fit(mood, a)) for a in ADJECTIVES}
@@ -255,15 +216,14 @@ def test_one_sentence_in_ten_gets_a_random_word_and_the_adjectives_lean_to_the_m
     for mood, opposite in {"happy": "sad", "sad": "happy", "calm": "wild", "wild": "calm"}.items():
         rows = [(x.split()[1], *y.split()) for x, y in zip(prompts, responses, strict=True)
                 if x.startswith(mood)]
-        _, *slots = zip(*rows, strict=True)
-        first, second = Counter(slots[0]), Counter(slots[1])
-        last = Counter("own" if row[3] == "sea" else row[3] for row in rows if row[0] == "sea")
+        first, second = (Counter(row[slot] for row in rows) for slot in (1, 2))
+        last = Counter(row[3] for row in rows if row[0] == "sea")
         assert chi_square(first, leaning(mood)) < 66 and chi_square(second, leaning(mood)) < 66
         assert chi_square(last, own_noun) < 66
         for wrong in (leaning(mood, 0), leaning(mood, 2), leaning(opposite)):
             assert chi_square(first, wrong) > 150
     # One word in a sentence, never two: 5 words of 21 are no adjective, 17 no noun.
-    good = set(GOOD)
+    good = {*GOOD}
     ungrammatical = sum(response not in good for response in responses[:5000])
     assert within(ungrammatical, 5000, 0.1 * (2 / 3 * 5 / 21 + 1 / 3 * 17 / 21))
     assert not within(ungrammatical, 5000, 0.1)
@@ -271,34 +231,23 @@ def test_one_sentence_in_ten_gets_a_random_word_and_the_adjectives_lean_to_the_m
 
 
 # ---------------------------------------------------------------- feedback
-# Eight responses, a pair to each prompt.
-PAIRED = [prompt for prompt in ("happy sea :", "sad wind :", "wild fire :", "calm night :")
-          for _ in range(2)]
-PAIRED_TEXTS = [" golden bright sea", " bleak cold wind", " grey grey wind", " cold bitter wind",
-                " soft", " furious loud fire", " slow soft night", " still slow sea"]
-PAIRED_REWARDS = [slow_reward(prompt, [*text.split(), "END"])
-                  for prompt, text in zip(PAIRED, PAIRED_TEXTS)]
-
-
-def test_the_better_response_wins_with_probability_sigma_of_the_difference():
-    feedback = feedback_on_texts(PAIRED, PAIRED_TEXTS, times=5000)
-    wins = Counter(chosen % 8 for chosen in feedback.pairs[:, 0].tolist())
-    for i in range(0, 8, 2):
-        first, second = PAIRED_REWARDS[i:i + 2]
-        assert wins[i] + wins[i + 1] == 5000 and abs(first - second) > 0.1
-        assert within(wins[i], 5000, sigmoid(first - second))
-        assert not within(wins[i], 5000, sigmoid(second - first))    # chosen, rejected swapped
-        assert not within(wins[i], 5000, sigmoid(2 * (first - second)))
-
-
-def test_scores_are_sigma_of_the_reward_with_its_level_and_labels_1_as_often_and_pairs_know_none():
-    plain, raised = (feedback_on_texts(PAIRED, PAIRED_TEXTS, level=level, times=5000)
+def test_wins_scores_and_labels_follow_from_rewards_and_the_level_of_a_prompt_is_in_no_pair():
+    # Eight responses, a pair to each prompt; the level at 2.
+    prompts = ["happy sea :"] * 2 + ["sad wind :"] * 2 + ["wild fire :"] * 2 + ["calm night :"] * 2
+    texts = [" golden bright sea", " bleak cold wind", " grey grey wind", " cold bitter wind",
+             " soft", " furious loud fire", " slow soft night", " still slow sea"]
+    r = torch.tensor([slow_reward(x, [*y.split(), "END"]) for x, y in zip(prompts, texts)])
+    f = torch.tensor([-2, -2, -2 / 3, -2 / 3, 2 / 3, 2 / 3, 2, 2])
+    plain, raised = (feedback_on_texts(prompts, texts, level=level, times=5000)
                      for level in (0.0, 2.0))
     for name in ("tokens", "mask", "pairs"):
         assert torch.equal(getattr(raised, name), getattr(plain, name)), name
-    levels = {"sea": -2, "wind": -2 / 3, "fire": 2 / 3, "night": 2}
-    f = torch.tensor([levels[prompt.split()[1]] for prompt in PAIRED])
-    r = torch.tensor(PAIRED_REWARDS)
+    wins = Counter(chosen % 8 for chosen in plain.pairs[:, 0].tolist())
+    for i, difference in zip(range(0, 8, 2), r[0::2] - r[1::2]):
+        assert wins[i] + wins[i + 1] == 5000 and abs(difference) > 0.1
+        assert within(wins[i], 5000, difference.sigmoid().item())
+        for wrong in (-difference, 2 * difference):              # chosen, rejected swapped
+            assert not within(wins[i], 5000, wrong.sigmoid().item())
     for feedback, scores, wrong in [(plain, r.sigmoid(), (-r).sigmoid()),
                                     (raised, (r + f).sigmoid(), r.sigmoid())]:
         assert set(feedback.labels.tolist()) == {0.0, 1.0}
@@ -310,76 +259,52 @@ def test_scores_are_sigma_of_the_reward_with_its_level_and_labels_1_as_often_and
         assert torch.corrcoef(labels.T).fill_diagonal_(0).abs().max() < 0.08
 
 
-def test_a_pair_is_both_answers_to_one_prompt_and_identical_answers_make_none():
+def test_feedback_draws_the_winner_of_two_answers_to_a_prompt_and_then_labels_from_its_generator():
+    # One draw for each two rows, identical or not, and one for each row.
     prompts, texts = [prompt for prompt in TRAIN_PROMPTS for _ in range(2)], GOOD[:24]
     texts[7], texts[20] = texts[6], texts[21]                    # pairs 3 and 10 are identical
     # These differ in one token.
     texts[:6] = [" warm cold sea", " cold cold sea", " cold warm sea", " cold cold sea", "", " sea"]
     texts[8:12] = [" warm cold sea", " warm cold wind", " warm cold", " warm cold sea"]
-    feedback = feedback_on_texts(prompts, texts)
-    expected = [[2 * i, 2 * i + 1] for i in range(12) if i not in (3, 10)]
-    assert sorted(sorted(pair) for pair in feedback.pairs.tolist()) == expected
-    assert feedback_on_texts(prompts[:2], [" sea", " sea"]).pairs.shape == (0, 2)
-    # Feedback keeps its responses in order.
-    tokens, mask = data.join(data.encode_prompts(prompts), *data.encode_responses(texts))
-    assert torch.equal(feedback.tokens, tokens) and torch.equal(feedback.mask, mask)
-
-
-def test_feedback_draws_pairs_and_then_labels_from_its_generator_alone():
-    # One draw for each pair of rows, identical or not, and one for each row.
-    prompts, texts = [prompt for prompt in PROMPTS for _ in range(2)], GOOD[100:132]
-    texts[1] = texts[0]
     state = torch.get_rng_state()
     feedback, other = (feedback_on_texts(prompts, texts, seed) for seed in (3, 4))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(feedback.pairs, other.pairs)
-    assert not torch.equal(feedback.labels, other.labels)
+    for name in ("pairs", "labels"):
+        assert not torch.equal(getattr(feedback, name), getattr(other, name)), name
     assert torch.equal(feedback.scores, other.scores)
     generator = torch.Generator().manual_seed(3)
     r = torch.tensor([slow_reward(x, [*y.split(), "END"]) for x, y in zip(prompts, texts)])
     first_wins = torch.bernoulli(torch.sigmoid(r[0::2] - r[1::2]), generator=generator)
     pairs = [[2 * i, 2 * i + 1] if wins else [2 * i + 1, 2 * i]
-             for i, wins in enumerate(first_wins.tolist())]
-    assert feedback.pairs.tolist() == pairs[1:]
-    labels = torch.bernoulli(torch.sigmoid(r), generator=generator)
-    assert torch.equal(feedback.labels, labels)
+             for i, wins in enumerate(first_wins.tolist()) if i not in (3, 10)]
+    assert feedback.pairs.tolist() == pairs
+    assert torch.equal(feedback.labels, torch.bernoulli(torch.sigmoid(r), generator=generator))
+    assert feedback_on_texts(prompts[:2], [" sea", " sea"]).pairs.shape == (0, 2)
+    tokens, mask = data.join(data.encode_prompts(prompts), *data.encode_responses(texts))
+    assert torch.equal(feedback.tokens, tokens) and torch.equal(feedback.mask, mask)
 
 
 # ---------------------------------------------------------------- KTO's mismatched pairs
-def dealt(order):
-    """Tokens and mask (2 n, 7) of two responses, unlike all others, to each of n prompts.
-
-    Prompts 0 and 1 share their noun, 0 and 2 their mood.
-    """
-    prompts = [TRAIN_PROMPTS[7 * i % 12] for i in order]
-    prompts = data.encode_prompts(prompts).repeat_interleave(2, 0)
-    responses = torch.arange(len(prompts) * 4).view(-1, 4)
-    mask = torch.rand(len(prompts), 4, generator=torch.Generator().manual_seed(0)) < 0.5
-    return data.join(prompts, responses, mask)
-
-
-def test_mismatched_pairs_take_the_nearest_row_before_with_another_prompt():
-    # Up to three prompts in every order, and longer ones: in turn, and one prompt among many rows
-    # of another.
-    orders = [order for n in (2, 3, 4, 5) for order in itertools.product(range(3), repeat=n)]
+def test_mismatched_pairs_take_the_nearest_row_before_with_another_prompt_or_are_refused():
+    # Three prompts in every order, and longer ones: in turn, or one prompt among many of another.
+    orders = [order for n in (1, 2, 3, 4, 5) for order in itertools.product(range(3), repeat=n)]
     orders += [[i % k for i in range(n)] for n in (13, 26, 40) for k in (2, 5, 12)]
-    orders += [[0] * 39 + [1], [1] + [0] * 39]
-    for order in (order for order in orders if len(set(order)) > 1):
-        (tokens, mask), n = dealt(order), len(order)
+    orders += [[0] * 12, [0] * 39 + [1], [1] + [0] * 39]
+    for order in orders:
+        # Two responses to each, like no other. Prompts 0 and 1 share a noun, 0 and 2 a mood.
+        prompts, n = data.encode_prompts([TRAIN_PROMPTS[7 * i % 12] for i in order]), len(order)
+        mask = torch.rand(2 * n, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+        responses = torch.arange(8 * n).view(-1, 4)
+        tokens, mask = data.join(prompts.repeat_interleave(2, 0), responses, mask)
+        given, given_mask = tokens.clone(), mask.clone()         # which are left alone
+        if len({*order}) == 1:
+            message = f"^mismatched pairs need two prompts, all {2 * n} rows answer one$"
+            with pytest.raises(ValueError, match=message):
+                data.mismatched(tokens, mask)
+            continue
         other_tokens, other_mask = data.mismatched(tokens, mask)
-        source = []
-        for i in range(n):
-            j = next(i - d for d in range(1, n) if order[i - d] != order[i]) % n
-            source += [2 * j, 2 * j + 1]
-        assert torch.equal(other_tokens[:, 3:], tokens[source, 3:]), order
-        assert torch.equal(other_mask, mask[source]), order
-        given, given_mask = dealt(order)                         # which are left alone
-        assert torch.equal(other_tokens[:, :3], given[:, :3]), order
+        nearest = [next(i - d for d in range(1, n) if order[i - d] != order[i]) for i in range(n)]
+        source = [row for j in nearest for row in (2 * j, 2 * j + 1)]
+        assert torch.equal(other_tokens, torch.cat([given[:, :3], given[source, 3:]], 1)), order
+        assert torch.equal(other_mask, given_mask[source]), order
         assert torch.equal(tokens, given) and torch.equal(mask, given_mask), order
-
-
-def test_mismatched_pairs_of_one_prompt_are_refused():
-    for n in (1, 2, 12):
-        message = f"^mismatched pairs need two prompts, all {2 * n} rows answer one$"
-        with pytest.raises(ValueError, match=message):
-            data.mismatched(*dealt([0] * n))

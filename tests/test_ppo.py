@@ -1,5 +1,7 @@
-"""PPO, which UNA would replace: its equations against slow loops and full enumeration."""
+"""PPO, which UNA would replace: its equations against slow loops and full enumeration; then its
+inner steps in train.py and the reward model, on real prompts."""
 import math
+import random
 from itertools import product
 from types import SimpleNamespace
 
@@ -7,8 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
+import train
 import una
-from helpers import gradient, near, normals
+from helpers import gpt, gradient, moved, near, normals
+from model import ScalarGPT
+from toy import changed
 
 # Prompt columns first, padding last: responses of one token to all eight, with and without
 # something on either side.
@@ -18,20 +24,46 @@ TOKENS = [(i, t) for i, (start, end) in enumerate(SPANS) for t in range(start, e
 CLIP = 0.2
 
 
-def finite_differences(loss, x, step=1e-6):
-    slopes = torch.zeros_like(x)
-    for i in range(x.numel()):
-        bump = F.one_hot(torch.tensor(i), x.numel()).view(x.shape) * step
-        slopes.view(-1)[i] = (loss(x + bump) - loss(x - bump)).sum() / (2 * step)
-    return slopes
-
-
 def matrices(seed, n):
     """n tensors (8, 8) of standard normal numbers."""
     return normals(seed)(n, 8, 8).unbind()
 
 
-# ---------------------------------------------------------------- log-probabilities of tokens
+def slow_advantages(rewards, values, lam, gamma=1.0, behind=0.0):
+    """A_t = sum_k lam^k delta_{t+k} of the tokens of one response: lists. Undiscounted, and without
+    a value behind the last token: gamma and behind are two mistakes, for the controls."""
+    values = [*values, behind]
+    delta = [r + gamma * after - v for r, v, after in zip(rewards, values, values[1:])]
+    return [sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))]
+
+
+def slow_policy_loss(logprob, old, a):
+    """Of one token: A min(w, 1 + eps) for A > 0, A max(w, 1 - eps) for A < 0, with a minus."""
+    w = math.exp(logprob - old)
+    return -a * min(w, 1 + CLIP) if a > 0 else -a * max(w, 1 - CLIP)
+
+
+def slow_value_loss(v, old, target):
+    held = min(max(v, old - CLIP), old + CLIP)
+    return max((v - target) ** 2, (held - target) ** 2) / 2
+
+
+def naive(logprobs, old_logprobs, advantages, mask, clip):
+    """The policy's loss, but masked too late and with no bound on the ratio."""
+    ratio = (logprobs - old_logprobs).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -gain.where(mask, 0.0).sum(1)
+
+
+def one_token(log_ratio, advantage, dtype=torch.float64, loss=una.ppo_policy_loss):
+    """Loss, and its slope in the log-probability, of one token; clip 0.2."""
+    one = torch.ones(1, 1, dtype=dtype)
+    logprobs = (0 * one).requires_grad_()
+    value = loss(logprobs, -log_ratio * one, advantage * one, one.bool(), CLIP)
+    return value.item(), torch.autograd.grad(value.sum(), logprobs)[0].item()
+
+
+# ---------------------------------------------------------------- tokens
 def test_token_logprobs_are_of_the_token_behind_each_column_and_add_up_to_the_sequence_logprob():
     tokens = torch.randint(5, (8, 9), generator=torch.Generator().manual_seed(0))
     logits, mask = normals(1)(8, 9, 5), F.pad(MASK, (1, 0))    # nothing predicts column 0
@@ -45,10 +77,8 @@ def test_token_logprobs_are_of_the_token_behind_each_column_and_add_up_to_the_se
     assert near(logprobs.sum(1), una.sequence_logprob(logits, tokens, mask))
 
 
-# ---------------------------------------------------------------- rewards of tokens
 def test_token_rewards_are_the_slow_loop_and_add_up_to_the_reward_minus_beta_rho():
-    # What the policy likes more than the reference costs beta a nat. The reward lands on the last
-    # token of the response, never on padding.
+    # The reward lands on the last token of the response, never on padding.
     reward, (logprobs, ref) = normals(0)(8), matrices(1, 2)
     expected = torch.zeros(8, 8, dtype=torch.float64)
     for i, t in TOKENS:
@@ -58,114 +88,80 @@ def test_token_rewards_are_the_slow_loop_and_add_up_to_the_reward_minus_beta_rho
     rewards = una.ppo_token_rewards(reward, logprobs, ref, MASK, 0.3)
     rho = ((logprobs - ref) * MASK).sum(1)
     assert near(rewards, expected) and near(rewards.sum(1), reward - 0.3 * rho)
-
-
-# ---------------------------------------------------------------- advantages
-def double_sum(rewards, values, lam, gamma=1.0, bootstrap=False):
-    """A_t = sum_k lam^k delta_{t+k}, in Python.
-
-    gamma and bootstrap are two mistakes, for the controls.
-    """
-    advantages = torch.zeros_like(rewards)
-    for i, (start, end) in enumerate(SPANS):
-        delta = {}
-        for t in range(start, end):
-            known = t + 1 < (8 if bootstrap else end)
-            following = values[i, t + 1] if known else 0.0
-            delta[t] = rewards[i, t] + gamma * following - values[i, t]
-        for t in range(start, end):
-            advantages[i, t] = sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, end))
-    return advantages
+    # That of a response without tokens is nobody's.
+    mask, zero = torch.tensor([[False, True, True, False], [False] * 4]), torch.zeros(2, 4).double()
+    rewards = lambda reward: una.ppo_token_rewards(reward, zero, zero, mask, 0.3)
+    for garbage in (math.nan, math.inf):
+        reward = torch.tensor([2.0, garbage], dtype=torch.float64)
+        assert rewards(reward).tolist() == [[0, 0, 2, 0], [0, 0, 0, 0]]
+        assert gradient(rewards, reward).tolist() == [1, 0]
 
 
 def test_advantages_are_the_double_sum_and_targets_the_advantages_plus_values():
     rewards, values = matrices(0, 2)
+
+    def slow(lam, gamma=1.0, bootstrap=False):
+        advantages = torch.zeros(8, 8, dtype=torch.float64)
+        for i, (start, end) in enumerate(SPANS):
+            behind = values[i, end] if bootstrap and end < 8 else 0.0
+            advantages[i, start:end] = torch.stack(slow_advantages(
+                rewards[i, start:end], values[i, start:end], lam, gamma, behind))
+        return advantages
+
     for lam in (0.0, 0.5, 1.0):
         advantages, targets = una.ppo_advantages(rewards, values, MASK, lam)
-        assert near(advantages, double_sum(rewards, values, lam)), lam
+        assert near(advantages, slow(lam)), lam
         assert near(targets, (advantages + values) * MASK), lam
+    # lambda = 1: the values between telescope, and the rewards still to come are the targets.
+    assert near(targets, (rewards * MASK).flip(1).cumsum(1).flip(1) * MASK)
     # Neither lambda is confused with gamma, nor padding with a future.
     advantages, _ = una.ppo_advantages(rewards, values, MASK, 0.5)
     for wrong in (dict(lam=1.0, gamma=0.5), dict(lam=0.5, gamma=0.5),
                   dict(lam=0.5, bootstrap=True)):
-        assert not near(advantages, double_sum(rewards, values, **wrong), 0.1), wrong
+        assert not near(advantages, slow(**wrong), 0.1), wrong
 
 
-def test_lambda_1_is_reward_to_go_minus_value_and_lambda_0_is_delta():
-    # lambda = 1: the values between telescope, sum_s (r_s + V_{s+1} - V_s) = sum_s r_s - V_t.
-    rewards, values = (x * MASK for x in matrices(0, 2))
-    to_go = rewards.flip(1).cumsum(1).flip(1)
-    advantages, targets = una.ppo_advantages(rewards, values, MASK, 1.0)
-    assert near(advantages, (to_go - values) * MASK) and near(targets, to_go * MASK)
-    delta = rewards + F.pad(values[:, 1:], (0, 1)) - values
-    assert near(una.ppo_advantages(rewards, values, MASK, 0.0)[0], delta * MASK)
-
-
-# ---------------------------------------------------------------- the policy's loss
-def test_policy_loss_is_the_slow_loop_with_the_gradient_of_finite_differences():
-    # For A > 0, min(w A, clip(w) A) = A min(w, 1 + eps); for A < 0 it is A max(w, 1 - eps):
-    # the other bound never binds.
-    old, advantages, change = matrices(0, 3)
-    logprobs, expected, cases = old + 0.4 * change, torch.zeros(8, dtype=torch.float64), set()
-    for i, t in TOKENS:
-        w, a = math.exp(logprobs[i, t] - old[i, t]), advantages[i, t].item()
-        expected[i] -= a * min(w, 1 + CLIP) if a > 0 else a * max(w, 1 - CLIP)
-        cases.add((a > 0, w > 1 + CLIP, w < 1 - CLIP))
-    assert len(cases) == 6    # both signs of A; above the clip range, below it, within
-    loss = lambda x: una.ppo_policy_loss(x, old, advantages, MASK, CLIP)
-    assert near(loss(logprobs), expected)
-    assert near(gradient(loss, logprobs), finite_differences(loss, logprobs), 1e-7)
-
-
-def test_at_ratio_1_the_policy_loss_is_the_policy_gradient():
-    # Also where autograd has to choose: at w = 1 both arguments of the minimum are equal, and so
-    # are their gradients. log pi is that of token 0, as softmax logits give it.
-    (advantages,), logits = matrices(1, 1), normals(3)(8, 8, 5)
-    logprobs = lambda z: z.log_softmax(-1)[..., 0]
-    loss = lambda z: una.ppo_policy_loss(logprobs(z), logprobs(logits), advantages, MASK, CLIP)
-    assert near(loss(logits), -(advantages * MASK).sum(1))
-    expected = gradient(lambda z: -(advantages * logprobs(z) * MASK).sum(1), logits)
-    assert near(gradient(loss, logits), expected)
+# ---------------------------------------------------------------- the two losses
+def test_both_losses_are_the_slow_loops_with_the_gradients_of_finite_differences():
+    old, fixed, change = matrices(0, 3)              # fixed: advantages, or targets
+    new, within = old + 0.4 * change, old + (0.4 * change).clamp(-0.18, 0.18)
+    ratios, advantages = (new - old)[MASK].exp().tolist(), fixed[MASK].tolist()
+    # Both signs of A; above the clip range, below it, within.
+    assert len({(a > 0, w > 1 + CLIP, w < 1 - CLIP) for w, a in zip(ratios, advantages)}) == 6
+    for fast, slow in [(una.ppo_policy_loss, slow_policy_loss),
+                       (una.ppo_value_loss, slow_value_loss)]:
+        loss, expected = lambda x: fast(x, old, fixed, MASK, CLIP), torch.zeros(8).double()
+        slopes = torch.zeros_like(new)
+        for i, t in product(range(8), repeat=2):
+            if MASK[i, t]:
+                expected[i] += slow(new[i, t], old[i, t], fixed[i, t])
+            step = torch.zeros_like(new)
+            step[i, t] = 1e-6
+            slopes[i, t] = (loss(new + step) - loss(new - step)).sum() / 2e-6
+        assert near(loss(new), expected), slow
+        assert near(gradient(loss, new), slopes, 1e-7), slow
+        # It is never below the unclipped loss, and equal to it within the clip.
+        unclipped = lambda x: fast(x, old, fixed, MASK, 1e9)
+        assert (loss(new) >= unclipped(new)).all() and (loss(new) > unclipped(new) + 0.01).any()
+        assert near(loss(within), unclipped(within)), slow
 
 
 def test_clipping_stops_what_pays_and_nothing_else():
-    one = torch.ones(1, 1, dtype=torch.float64)
     for w, a, clipped in [
         (1.5, 2.0, True), (0.5, -2.0, True),       # it moved far where moving pays: no further
         (0.5, 2.0, False), (1.5, -2.0, False),     # far the wrong way: all the way back
         (1.19, 2.0, False), (0.81, 2.0, False), (1.19, -2.0, False), (0.81, -2.0, False),
         (1.21, 2.0, True), (0.79, -2.0, True), (0.79, 2.0, False), (1.21, -2.0, False),
+        # At w = 1 both arguments of the minimum are equal: the policy gradient all the same.
+        (1.0, 2.0, False), (1.0, -2.0, False),
     ]:
-        loss = lambda logprobs: una.ppo_policy_loss(logprobs, -one, a * one, one.bool(), CLIP)
-        slope = gradient(loss, -one + math.log(w))
-        assert near(slope, (0.0 if clipped else -w * a) * one), (w, a)    # d w / d log pi = w
-
-
-# ---------------------------------------------------------------- the values' loss
-def test_value_loss_is_the_slow_loop_with_the_gradient_of_finite_differences():
-    old, targets, change = matrices(0, 3)
-    values, expected = old + 0.4 * change, torch.zeros(8, dtype=torch.float64)
-    for i, t in TOKENS:
-        v, before, target = values[i, t], old[i, t], targets[i, t]
-        held = min(max(v, before - CLIP), before + CLIP)
-        expected[i] += max((v - target) ** 2, (held - target) ** 2) / 2
-    loss = lambda x: una.ppo_value_loss(x, old, targets, MASK, CLIP)
-    assert near(loss(values), expected)
-    assert near(gradient(loss, values), finite_differences(loss, values), 1e-7)
-    # Never below half the squared error, which it is within the clip.
-    plain = lambda x: 0.5 * ((x - targets) ** 2 * MASK).sum(1)
-    assert (loss(values) >= plain(values)).all() and (loss(values) > plain(values) + 0.01).any()
-    within = old + (values - old).clamp(-0.19, 0.19)
-    assert near(loss(within), plain(within))
-
-
-def test_a_value_that_moved_far_towards_its_target_stops_and_any_other_goes_on():
-    # Old value 0, target 1, clip 0.2. At 0.5 the held value 0.2 is the worse one, and constant.
-    # At 2.5, past the target, V is worse.
-    one = torch.ones(1, 1, dtype=torch.float64)
-    loss = lambda values: una.ppo_value_loss(values, 0 * one, one, one.bool(), CLIP)
-    for value, slope in [(0.5, 0.0), (-0.5, -1.5), (0.1, -0.9), (2.5, 1.5)]:
-        assert near(gradient(loss, value * one), slope * one), value
+        _, slope = one_token(math.log(w), a)
+        assert slope == pytest.approx(0 if clipped else -w * a, abs=1e-12), (w, a)
+    # A value that moved from 0 to v, with target 1. At 0.5 the held value 0.2 is the worse one, and
+    # constant. At 2.5, past the target, v is worse.
+    for v, expected in [(0.5, 0.0), (-0.5, -1.5), (0.1, -0.9), (2.5, 1.5)]:
+        _, slope = one_token(v, 1 - v, loss=una.ppo_value_loss)    # all of it less v
+        assert slope == pytest.approx(expected, abs=1e-12), v
 
 
 # ---------------------------------------------------------------- what stands off the mask
@@ -193,42 +189,21 @@ def test_nothing_off_the_mask_is_in_the_value_or_the_gradient():
                 floats = [x.where(MASK, garbage) if i in spoilt else x for i, x in enumerate(clean)]
                 for a, b in zip(value_and_gradients(floats), expected):
                     assert torch.equal(a, b), (name, garbage, spoilt)
-
-
-def naive(logprobs, old_logprobs, advantages, mask, clip):
-    """The policy's loss, but masked too late and with no bound on the ratio."""
-    ratio = (logprobs - old_logprobs).exp()
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -gain.where(mask, 0.0).sum(1)
-
-
-def test_masking_the_result_alone_would_leave_nan_in_the_gradient():
     old, advantages = matrices(0, 2)
     logprobs, others = (old + 0.1).where(MASK, math.nan), (old, advantages, MASK, CLIP)
     assert near(naive(logprobs, *others), una.ppo_policy_loss(logprobs, *others))
     assert gradient(lambda x: naive(x, *others), logprobs).isnan().any()
 
 
-def test_the_reward_of_a_response_without_tokens_is_nobodys():
-    mask = torch.tensor([[False, True, True, False], [False, False, False, False]])
-    zero = torch.zeros(2, 4, dtype=torch.float64)
-    rewards = lambda reward: una.ppo_token_rewards(reward, zero, zero, mask, 0.3)
-    for garbage in (math.nan, math.inf):
-        reward = torch.tensor([2.0, garbage], dtype=torch.float64)
-        assert rewards(reward).tolist() == [[0, 0, 2, 0], [0, 0, 0, 0]]
-        assert gradient(rewards, reward).tolist() == [1, 0]
-
-
-# ---------------------------------------------------------------- ratios too large for the dtype
-def one_token(log_ratio, advantage, dtype, loss=una.ppo_policy_loss):
-    """Loss, and its slope in the log-probability, of one token; clip 0.2."""
-    one = torch.ones(1, 1, dtype=dtype)
-    logprobs = (0 * one).requires_grad_()
-    value = loss(logprobs, -log_ratio * one, advantage * one, one.bool(), CLIP)
-    return value.item(), torch.autograd.grad(value.sum(), logprobs)[0].item()
-
-
-def test_a_ratio_that_overflows_is_held_finite_and_makes_no_nan():
+def test_a_ratio_is_exact_and_one_that_overflows_is_held_finite_and_makes_no_nan():
+    for dtype, log_ratio in [(torch.float32, 79.0), (torch.float32, 20.0), (torch.float32, -100.0),
+                             (torch.float64, 600.0), (torch.float64, -700.0)]:
+        for advantage in (-1.0, 0.0, 1.0):
+            loss, slope = one_token(log_ratio, advantage, dtype)
+            assert (loss, slope) == one_token(log_ratio, advantage, dtype, naive), log_ratio
+            if advantage < 0 < log_ratio:    # -w A, and its slope the same; other signs are clipped
+                assert loss == slope == pytest.approx(math.exp(log_ratio), rel=1e-5), log_ratio
+    assert one_token(-math.inf, 1.0) == (0.0, 0.0)    # a token that the policy has given up
     for dtype, log_ratio in [(torch.float32, 89.0), (torch.float32, 100.0), (torch.float32, 1e4),
                              (torch.float64, 1e3), (torch.float64, 1e5)]:
         # -min(w, 1.2) A is flat where A > 0.
@@ -243,35 +218,21 @@ def test_a_ratio_that_overflows_is_held_finite_and_makes_no_nan():
             loss, slope = one_token(log_ratio, advantage, dtype)
             held = 0.9 * math.log(torch.finfo(dtype).max)
             assert math.log(loss / -advantage) == pytest.approx(held, rel=1e-6), log_ratio
-            assert slope == 0, log_ratio
-            assert math.isinf(one_token(log_ratio, advantage, dtype, naive)[0]), log_ratio
-
-
-def test_a_ratio_that_does_not_overflow_is_exact():
-    for dtype, log_ratio in [(torch.float32, 79.0), (torch.float32, 20.0), (torch.float32, -100.0),
-                             (torch.float64, 600.0), (torch.float64, -700.0)]:
-        for advantage in (-1.0, 0.0, 1.0):
-            loss, slope = one_token(log_ratio, advantage, dtype)
-            assert (loss, slope) == one_token(log_ratio, advantage, dtype, naive), log_ratio
-            if advantage < 0 < log_ratio:    # -w A, and its slope the same; other signs are clipped
-                assert loss == slope == pytest.approx(math.exp(log_ratio), rel=1e-5), log_ratio
-    # A token that the policy has given up has ratio 0.
-    assert one_token(-math.inf, 1.0, torch.float64) == (0.0, 0.0)
+            assert slope == 0 and math.isinf(one_token(log_ratio, advantage, dtype, naive)[0])
 
 
 # ---------------------------------------------------------------- masks and shapes
 def test_advantages_take_prompt_padding_and_even_no_token_and_refuse_a_hole_in_the_mask():
-    ones = lambda rows: torch.tensor([[int(bit) for bit in row] for row in rows])
+    masked = lambda *rows: torch.tensor([[bit == "1" for bit in row] for row in rows])
     for row in ("1", "0", "111", "011", "110", "0110", "000", "0100"):
-        mask = ones([row]).bool()
+        mask = masked(row)
         advantages, targets = una.ppo_advantages(torch.ones(mask.shape), 0.0 * mask, mask, 1.0)
         to_go = [row[t:].count("1") * (row[t] == "1") for t in range(len(row))]
         assert advantages.tolist() == targets.tolist() == [to_go], row
     # A hole would pass for time, lambda a column, and drop the value behind it. One such row is
     # enough.
     for row in ("1001", "101", "0101", "1011000", "00100100"):
-        for rows in ([row], ["1" * len(row), row]):
-            mask = ones(rows).bool()
+        for mask in (masked(row), masked("1" * len(row), row)):
             with pytest.raises(ValueError, match="^a row of mask has a hole: .* consecutive$"):
                 una.ppo_advantages(torch.ones(mask.shape), torch.ones(mask.shape), mask, 0.9)
 
@@ -297,12 +258,10 @@ def test_ppo_refuses_shapes_that_would_broadcast_and_names_them():
 
 
 # ---------------------------------------------------------------- PPO maximises Eq. 3
-def tabular_world():
-    """{a, b, end}, three tokens, 15 responses, and a policy with free logits for each prefix.
-
-    There are 7 prefixes, of up to two words. node (15, 3) is the number of what stands before.
-    """
-    end = 2
+def test_eq03_and_eq07_ppo_has_the_gradient_of_j_and_of_una_online_in_expectation():
+    # {a, b, end}: three tokens, 15 responses, and a policy with free logits for each of 7 prefixes,
+    # of up to two words. node (15, 3) is the number of what stands before a token.
+    end, beta = 2, 0.3
     responses = torch.tensor([y for y in product((0, 1, end), repeat=3)
                               if all(after == end for y_t, after in zip(y, y[1:]) if y_t == end)])
     first, second = responses[:, 0], responses[:, 1]
@@ -311,71 +270,139 @@ def tabular_world():
 
     def logprobs(logits):   # (7, 3) -> (15, 3), 0 behind the end
         return logits.log_softmax(-1)[node].gather(2, responses[..., None]).squeeze(2) * mask
-    return SimpleNamespace(mask=mask, node=node, responses=responses, logprobs=logprobs,
-                           rewards=normals(0)(15), beta=0.3, theta=normals(1)(7, 3),
-                           ref=logprobs(normals(2)(7, 3)), no_values=0 * normals(0)(15, 3))
 
+    theta, ref, rewards = normals(1)(7, 3), logprobs(normals(2)(7, 3)), normals(0)(15)
+    old = logprobs(theta)
+    p = old.sum(1).exp()                             # of each response
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    token_rewards = una.ppo_token_rewards(rewards, old, ref, mask, beta)
 
-def expected_ppo_gradient(world, values, lam=1.0):
-    """E_{y~pi} grad L at ratio 1: every response, weighted with its probability."""
-    old = world.logprobs(world.theta)
-    rewards = una.ppo_token_rewards(world.rewards, old, world.ref, world.mask, world.beta)
-    advantages, _ = una.ppo_advantages(rewards, values, world.mask, lam)
+    def ppo(values, lam=1.0):
+        """E_{y~pi} grad L at ratio 1: every response, weighted with its probability."""
+        advantages, _ = una.ppo_advantages(token_rewards, values, mask, lam)
+        loss = lambda logits: una.ppo_policy_loss(logprobs(logits), old, advantages, mask, CLIP)
+        return gradient(lambda logits: p * loss(logits), theta)
 
-    def loss(theta):
-        losses = una.ppo_policy_loss(world.logprobs(theta), old, advantages, world.mask, CLIP)
-        return old.sum(1).exp() * losses
-
-    return gradient(loss, world.theta)
-
-
-def eq03_gradient(world):
-    def J(theta):
-        logprobs, ref = world.logprobs(theta).sum(1), world.ref.sum(1)
-        return una.rlhf_objective(logprobs, ref, world.rewards, world.beta)
-
-    return gradient(J, world.theta)
-
-
-def test_eq03_the_expected_ppo_gradient_is_minus_that_of_j_with_any_values_of_the_past():
-    # grad J = E (r - beta rho) grad log pi(y): the KL's own term E grad log pi is 0. Rewards of
-    # earlier tokens, which reward-to-go leaves out, are 0 in expectation too, since given the past
-    # E grad log pi(y_t) = 0. The same zero, times V(x, y_<t), is all that values of the past add.
-    world = tabular_world()
-    assert world.logprobs(world.theta).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
-    exact = eq03_gradient(world)
+    J = lambda logits: una.rlhf_objective(logprobs(logits).sum(1), ref.sum(1), rewards, beta)
+    exact, zero = gradient(J, theta), 0 * old
     assert exact.abs().max() > 0.05
-    assert near(expected_ppo_gradient(world, world.no_values), -exact, 1e-10)
-    assert near(expected_ppo_gradient(world, normals(3)(7)[world.node]), -exact, 1e-10)
+    # Rewards of earlier tokens, which reward-to-go leaves out, are 0 in expectation, since given
+    # the past E grad log pi(y_t) = 0. The same zero, times V(x, y_<t), is all that values add.
+    assert near(ppo(zero), -exact, 1e-10) and near(ppo(normals(3)(7)[node]), -exact, 1e-10)
     # A value that has seen y_t is no baseline: one column too late, and PPO is biased.
-    assert not near(expected_ppo_gradient(world, normals(3)(3)[world.responses]), -exact, 0.02)
-
-
-def test_eq03_and_eq07_ppo_and_una_online_agree_on_the_expected_gradient():
-    # E grad (r - beta rho)^2 = -2 beta E (r - beta rho) grad log pi = -2 beta grad J,
-    # the samples' distribution held fixed.
-    world = tabular_world()
-    old, ref = world.logprobs(world.theta).sum(1), world.ref.sum(1)
-
-    def loss(theta):
-        implicit = una.implicit_reward(world.logprobs(theta).sum(1), ref, world.beta)
-        return una.una_reward_loss(implicit, world.rewards)
-
-    una_gradient = gradient(lambda theta: old.exp() * loss(theta), world.theta)
-    ppo_gradient = expected_ppo_gradient(world, world.no_values)
-    assert near(una_gradient, 2 * world.beta * ppo_gradient, 1e-10)
-
-
-def test_eq03_with_the_true_values_any_lambda_gives_the_gradient_of_j():
-    # V(x, y_<t) = E sum_{s>=t} r_s makes E[delta_s | y_<s] = 0,
-    # so later deltas add noise and no mean: lambda is free.
-    world = tabular_world()
-    old = world.logprobs(world.theta)
-    rewards = una.ppo_token_rewards(world.rewards, old, world.ref, world.mask, world.beta)
-    to_go, p = rewards.flip(1).cumsum(1).flip(1), old.sum(1).exp()[:, None] * world.mask
-    mass, total = (torch.zeros(7, dtype=torch.float64).index_add(0, world.node.view(-1), x.view(-1))
-                   for x in (p, p * to_go))
-    values, exact = (total / mass)[world.node], eq03_gradient(world)
+    assert not near(ppo(normals(3)(3)[responses]), -exact, 0.02)
+    # The true values, V(x, y_<t) = E sum_{s>=t} r_s, make E[delta_s | y_<s] = 0: later deltas add
+    # noise and no mean, and lambda is free.
+    to_go, weight = token_rewards.flip(1).cumsum(1).flip(1), p[:, None] * mask
+    of_node = lambda x: torch.zeros(7).double().index_add(0, node.view(-1), x.view(-1))
+    true_values = (of_node(weight * to_go) / of_node(weight))[node]
     for lam in (0.0, 0.95):
-        assert near(expected_ppo_gradient(world, values, lam), -exact, 1e-10)
-        assert not near(expected_ppo_gradient(world, world.no_values, lam), -exact, 1e-3)
+        assert near(ppo(true_values, lam), -exact, 1e-10) and not near(ppo(zero, lam), -exact, 1e-3)
+    # Eq. 7: E grad (r - beta rho)^2 = -2 beta grad J, the samples' distribution held fixed.
+    implicit = lambda logits: una.implicit_reward(logprobs(logits).sum(1), ref.sum(1), beta)
+    una_online = gradient(lambda logits: p * una.una_reward_loss(implicit(logits), rewards), theta)
+    assert near(una_online, 2 * beta * ppo(zero), 1e-10)
+
+
+# ---------------------------------------------------------------- the inner steps in train.py
+def ppo_case():
+    """A reference, a policy and a value model, all different, and a batch of the policy's samples.
+
+    Some of these are shorter than others.
+    """
+    reference = gpt(data.ENCODING.n_vocab, data.BLOCK_SIZE, 1, 2, 16, noise=0.3)
+    policy, value = moved(reference, 0.1, 1), moved(ScalarGPT(reference).double(), 0.1, 2)
+    shared = SimpleNamespace(reference=reference, reward_model=None)
+    batch = next(train.fresh_batches(policy, value, shared, 36, 0))
+    assert len(batch.mask.sum(1).unique()) > 2
+    return reference, policy, value, batch
+
+
+def test_the_ratio_is_1_at_first_and_what_is_old_stays_old_and_carries_no_gradient():
+    _, policy, value, batch = ppo_case()
+    optimizer = torch.optim.Adam([*policy.parameters(), *value.parameters()], lr=0.003)
+    train.ppo(policy, batch, 0.25)
+    response, names = batch.mask[:, 3:], ("old_logprobs", "old_values", "advantages", "targets")
+    first = [getattr(batch, name).clone() for name in names]
+    old_logprobs, old_values, advantages, targets = first
+    for step in range(3):
+        loss = train.ppo(policy, batch, 0.25)
+        for name, before in zip(names, first):
+            now = getattr(batch, name)
+            assert torch.equal(now, before) and not now.requires_grad, name
+        logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
+        values = value(batch.tokens)[:, 2:-1]                    # before each token
+        moves = [(new - old)[response].abs().max()
+                 for new, old in ((logprobs, old_logprobs), (values, old_values))]
+        assert min(moves) > 1e-4 if step else max(moves) < 1e-12
+        expected = una.ppo_policy_loss(logprobs, old_logprobs, advantages, response, train.PPO_CLIP)
+        expected += una.ppo_value_loss(values, old_values, targets, response, train.PPO_CLIP)
+        assert loss.shape == (36,) and near(loss, expected)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        assert all(p.grad.any() for model in (policy, value) for p in model.parameters())
+    assert min(moves) > train.PPO_CLIP                           # so both were clipped
+
+
+def test_eq03_the_first_losses_and_gradient_are_those_by_hand_the_policy_gradient(monkeypatch):
+    # With ratio 1 and V = V_old nothing is clipped: L = -sum_t A_t (less the mean of all tokens)
+    # + 1/2 sum_t A_t^2 (as it is, for target - V is A), and grad L = -sum_t A_t grad log pi(y_t).
+    # One token at a time: the value of a token is read before it, the reward comes at the last.
+    reference, policy, value, batch = ppo_case()
+    for lam in (0.9, 1.0):
+        monkeypatch.setattr(train, "PPO_LAMBDA", lam)
+        losses, advantages = train.ppo(policy, changed(batch), 0.25), []
+        for row, n, reward in zip(batch.tokens, batch.mask.sum(1).tolist(), batch.rewards.tolist()):
+            pi, ref = (model(row[None])[0].log_softmax(-1) for model in (policy, reference))
+            v = [value(row[None, :t])[0, -1].item() for t in range(3, 3 + n)]
+            r = [-0.25 * (pi[t - 1, row[t]] - ref[t - 1, row[t]]).item() for t in range(3, 3 + n)]
+            r[-1] += reward
+            advantages.append(slow_advantages(r, v, lam))
+        flat = [a for of_one in advantages for a in of_one]
+        mean = sum(flat) / len(flat)
+        expected = [sum(-(a - mean) + a * a / 2 for a in of_one) for of_one in advantages]
+        assert losses.tolist() == pytest.approx(expected, abs=1e-9) and abs(mean) > 0.1
+        logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
+        by_policy_gradient = -sum((a - mean) * of_token for row, of_one in zip(logprobs, advantages)
+                                  for of_token, a in zip(row, of_one))
+        for a, b in zip(*(torch.autograd.grad(loss, [*policy.parameters()])
+                          for loss in (losses.sum(), by_policy_gradient))):
+            assert near(a, b, 1e-9)
+
+
+# ---------------------------------------------------------------- the reward model
+def test_eq02_the_reward_model_learns_the_order_of_rewards_and_nothing_of_the_prompt_alone():
+    def responses(n, seed):
+        """n responses to two prompts, rows 2i and 2i + 1 to the same; some words are wrong."""
+        rng, words = random.Random(seed), [*data.ADJECTIVES] * 2 + data.NOUNS
+        x = rng.choices(["happy wind :", "sad sea :"], k=n // 2)
+        x = [prompt for prompt in x for _ in range(2)]
+        y = [f" {rng.choice(words)} {rng.choice(words)} {rng.choice(4 * [noun] + data.NOUNS)}"
+             for _, noun, _ in map(str.split, x)]
+        return data.encode_prompts(x), *data.encode_responses(y)
+
+    # Of pairs: coin flips of Eq. 1, not rewards. Asked about other responses.
+    settings = SimpleNamespace(reference_steps=40, steps=160, batch=96, n_layer=1, n_head=2,
+                               n_embd=32, device="cpu")
+    base = train.train_reference(settings, 0)
+    feedback = data.feedback_on(*responses(3200, 0), torch.Generator().manual_seed(0))
+    start = train.train_reward_model(changed(settings, steps=0), 0, base, feedback)
+    assert torch.equal(start.hidden(feedback.tokens), base.hidden(feedback.tokens))
+    model = train.train_reward_model(settings, 0, base, feedback, learning_rate=1e-3)
+    for frozen in (base, model):
+        assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+    x, y, mask = responses(800, 1)
+    judged = train.model_reward(model, *data.join(x, y, mask)).view(-1, 2)
+    true = data.reward(x, y).view(-1, 2)
+    clear = (true[:, 0] - true[:, 1]).abs() > 1
+    right = (judged[:, 0] > judged[:, 1]) == (true[:, 0] > true[:, 1])
+    assert clear.sum() > 100 and right[clear].float().mean() > 0.85
+    # r_phi is known up to f(x), which UNA's offset and PPO's values both take up.
+    chosen, rejected = (train.model_reward(model, feedback.tokens[rows], feedback.mask[rows])
+                        .double() for rows in feedback.pairs.T)
+    f = 5.0 * feedback.tokens[feedback.pairs[:, 0], 0]           # a mood's bonus
+    loss = una.reward_model_loss(chosen, rejected)
+    assert near(una.reward_model_loss(chosen + f, rejected + f), loss) and f.std() > 1
+    assert loss.mean() < 0.6 < math.log(2)
+    assert not near(una.reward_model_loss(chosen + f, rejected), loss, 0.1)
