@@ -209,8 +209,10 @@ def implicit_score(reward):
 #      baseline, and Z is never needed.
 #   3. What is left of b is the noise. At the optimum r_phi - beta rho = beta log Z(x) for every y.
 #      With that b every single term is zero, not only their mean.
-#     On old samples (from pi_ref, say) 1 and 2 fail: b does not drop out. 3 still holds: with
-#     b = beta log Z every residual is 0 at pi*. With b = 0 that is so only if Z = 1.
+#     On old samples (from pi_ref, say) 2 fails: the mean of grad log pi is not zero there, so that
+#     b does not drop out. 3 still holds: with b = beta log Z every residual is 0 at pi*, which
+#     makes pi* a minimum, the only one if the samples reach all responses. With b = 0 it is one
+#     only if Z = 1.
 def una_reward_loss(implicit, explicit_reward):
     """Eq. 7: (r_phi - r_theta)^2.
 

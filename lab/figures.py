@@ -91,7 +91,7 @@ def samples(results):
     prompts = list(first["reference"])
     lines = [f"{'responses to':<20}" + "".join(f"{prompt:<40}" for prompt in prompts).rstrip()]
     for name, texts in first.items():
-        answers = "".join(f"{','.join(texts[prompt][:2]):<40.39}" for prompt in prompts)
+        answers = "".join(f"{','.join(texts[prompt][:2]).strip():<40.39}" for prompt in prompts)
         lines.append(f"{name:<20}{answers}".rstrip())
     return "\n".join(lines)
 

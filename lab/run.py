@@ -63,8 +63,8 @@ def show(text):
 
 # ---------------------------------------------------------------- files
 def save(path, write):
-    """write(path), whole or not at all."""
-    partial = f"{path}.part"
+    """write(path), whole or not at all, even if two processes write there at once."""
+    partial = f"{path}.{os.getpid()}.part"
     try:
         write(partial)
         os.replace(partial, path)

@@ -1,7 +1,6 @@
 import contextlib
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,8 +38,8 @@ def short(language, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """All methods on seed 1 in the small language: a namespace of folder, results, status, out,
-    err."""
+    """All methods on seed 1 in the small language: a namespace of folder, status, out, err,
+    results, and runs: {method: entry}."""
     import toy
     import train
 
@@ -50,13 +49,5 @@ def tiny(tmp_path_factory):
         status = train.main([*toy.FLAGS, "--seed", "1", "--out", str(folder)])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return SimpleNamespace(folder=folder, status=status, out=out.getvalue(), err=err.getvalue(),
-                           results=results)
-
-
-@pytest.fixture
-def odd_environment():
-    """A function that makes this environment with some variables changed; no others of theirs."""
-    def environment(changes):
-        named = ("LANG", "LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "MPLBACKEND")
-        return {key: value for key, value in os.environ.items() if key not in named} | changes
-    return environment
+                           results=results,
+                           runs={entry["method"]: entry for entry in results["runs"]})

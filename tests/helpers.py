@@ -30,6 +30,11 @@ def gradient(loss, theta):
     return torch.autograd.grad(loss(theta).sum(), theta)[0]
 
 
+def gradient_in(model, loss):
+    """d loss / d each parameter of a model."""
+    return torch.autograd.grad(loss, [*model.parameters()])
+
+
 def gpt(vocab_size=5, block_size=7, n_layer=2, n_head=3, n_embd=12, seed=0, noise=0.5,
         dtype=torch.float64):
     """A GPT far from its initialisation: no bias is 0, no gain 1, no distribution near uniform."""

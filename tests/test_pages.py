@@ -249,6 +249,5 @@ def test_the_commands_of_the_pages_exist_and_print_what_is_shown(capsys):
         assert f"`{text}` {reward.item():+.1f}" in section("The toy")
 
 
-@pytest.mark.xfail(strict=True, reason="README.md's first table is of the methods' former names")
 def test_what_the_main_command_prints_is_what_it_printed():
     assert figures.table(RAW["default"]) + "\n" == BLOCKS[0]
