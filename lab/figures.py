@@ -133,7 +133,8 @@ def draw_all(results, folder):
     picture(folder, PICTURES[1], draw_regret, results, figsize=(7, 4.5))
     first = results["reference"][0]
     dots = [("reference", "grey", first["dots"])] + [
-        (name, look["color"], run["dots"]) for name, look, runs in by_method(results)
+        (f"{name}: lost {100 * lost(run):.2g} %", look["color"], run["dots"])
+        for name, look, runs in by_method(results)
         for run in runs if run["seed"] == first["seed"]]
     size = math.ceil(len(dots) / 5), min(5, len(dots))           # lines, columns
     picture(folder, PICTURES[2], draw_rewards, dots, size,
@@ -207,7 +208,8 @@ def draw_rewards(figure, dots, size):
         axes.set_visible(False)
     figure.supxlabel("explicit reward, the judge's, of what the reference says over 1 time in 300")
     figure.supylabel("implicit reward (below -6: drawn at -6)")
-    figure.suptitle("A policy is optimal where its dots lie on the diagonal")
+    figure.suptitle("A policy is optimal where its dots lie on the diagonal. What it lost on rarer "
+                    "responses is not drawn")
 
 
 # ---------------------------------------------------------------- the pictures of lab/README.md

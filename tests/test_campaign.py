@@ -24,19 +24,7 @@ from model import ScalarGPT
 TRAIN_PROMPTS = data.TRAIN_PROMPTS
 LAB = campaign.Lab("", 1, tuple("--n-embd 8 --n-head 1 --n-layer 1 --batch 48 --steps 3 --judged 48"
                                 " --reference-steps 8 --device cpu".split()))
-
-
-@pytest.fixture(autouse=True)
-def small_language(monkeypatch):
-    """Prompts of three moods and three levels, answered by a word; it is good if it suits the mood.
-    """
-    small = dict(
-        MAX_TOKENS=2, TRAIN_PROMPTS=data.PROMPTS[1:12:5], HELDOUT_PROMPTS=data.PROMPTS[:1],
-        sentences=lambda n, rng: ([rng.choice(data.PROMPTS) for _ in range(n)],
-                                  [f" {rng.choice([*data.ADJECTIVES])}" for _ in range(n)]),
-        reward=lambda x, y: data.FITS[x[:, 0].cpu(), y[:, 0].cpu()])
-    for name, value in small.items():
-        monkeypatch.setattr(data, name, value)
+pytestmark = pytest.mark.usefixtures("language")                 # of toy.py
 
 
 def short(method, offset="zero", level=1.0, **fields):

@@ -21,19 +21,7 @@ from lab import variants
 STORED = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
 WITH_OFFSET = [name for name in STORED if name.endswith(("-estimated", "-learned"))]
 ESTIMATED = [name for name in WITH_OFFSET if name.endswith("-estimated")]
-
-
-@pytest.fixture(autouse=True)
-def small_language(monkeypatch):
-    """Prompts of three moods and three levels, answered by a word; it is good if it suits the mood.
-    """
-    small = dict(
-        MAX_TOKENS=2, TRAIN_PROMPTS=data.PROMPTS[1:12:5], HELDOUT_PROMPTS=data.PROMPTS[:1],
-        sentences=lambda n, rng: ([rng.choice(data.PROMPTS) for _ in range(n)],
-                                  [f" {rng.choice([*data.ADJECTIVES])}" for _ in range(n)]),
-        reward=lambda x, y: data.FITS[x[:, 0].cpu(), y[:, 0].cpu()])
-    for name, value in small.items():
-        monkeypatch.setattr(data, name, value)
+pytestmark = pytest.mark.usefixtures("language")                 # of toy.py
 
 
 def settings(level=1.0, steps=3, batch=48):
