@@ -133,7 +133,7 @@ def draw_all(results, folder):
     picture(folder, PICTURES[1], draw_regret, results, figsize=(7, 4.5))
     first = results["reference"][0]
     dots = [("reference", "grey", first["dots"])] + [
-        (f"{name}: lost {100 * lost(run):.2g} %", look["color"], run["dots"])
+        (f"{name}: lost {lost(run):.2%}", look["color"], run["dots"])
         for name, look, runs in by_method(results)
         for run in runs if run["seed"] == first["seed"]]
     size = math.ceil(len(dots) / 5), min(5, len(dots))           # lines, columns
