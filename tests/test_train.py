@@ -494,6 +494,7 @@ def call(n, way):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a background shell ignores it
     for _ in run.side_by_side([(call, n, sys.argv[1]) for n in range(3)], 2):
         run.say("ended")
 """
