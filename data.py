@@ -239,6 +239,12 @@ def take(feedback, rows):
                               if name != "pairs"})
 
 
+def thirds(count):
+    """Where labels begin, and where scores, among `count` mixed responses. Pairs stay whole."""
+    third = count // 6 * 2
+    return third, 2 * third
+
+
 def stored_batches(kind, feedback, size, seed):
     """For ever: a batch of stored feedback of one kind, of `size` responses for every kind.
 
@@ -247,24 +253,24 @@ def stored_batches(kind, feedback, size, seed):
     """
     count = len(feedback.tokens)
     rows = torch.arange(count, device=feedback.tokens.device)[:, None]
-    third = count // 6 * 2                                        # even: no pair is cut in two
-    pairs_of_first_third = feedback.pairs[feedback.pairs[:, 1] < third]
+    labels, scores = thirds(count)
+    pairs_of_first_third = feedback.pairs[feedback.pairs[:, 1] < labels]
     items = dict(pairs=feedback.pairs, binary=rows, scores=rows,
-                 mixed=torch.cat([pairs_of_first_third, rows[third:].expand(-1, 2)]))[kind]
+                 mixed=torch.cat([pairs_of_first_third, rows[labels:].expand(-1, 2)]))[kind]
     size = max(1, round(size * len(items) / count))
     for batch in shuffled(items, size, torch.Generator().manual_seed(seed)):
         if kind == "mixed":
-            yield _mixed_batch(feedback, *batch.T, third)
+            yield _mixed_batch(feedback, *batch.T, labels, scores)
         else:
             yield take(feedback, batch.T.flatten())
 
 
-def _mixed_batch(feedback, first, second, third):
+def _mixed_batch(feedback, first, second, labels, scores):
     """Rows `first`, then the rejected ones of its pairs; and which rows are what."""
-    pair = first < third
+    pair = first < labels
     batch = take(feedback, torch.cat([first, second[pair]]))
     batch.chosen = pair.nonzero().flatten()
     batch.rejected = torch.arange(len(first), len(batch.tokens), device=first.device)
-    batch.binary = ((third <= first) & (first < 2 * third)).nonzero().flatten()
-    batch.scored = (2 * third <= first).nonzero().flatten()
+    batch.binary = ((labels <= first) & (first < scores)).nonzero().flatten()
+    batch.scored = (scores <= first).nonzero().flatten()
     return batch

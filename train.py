@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import data
 import una
@@ -63,20 +64,22 @@ def descend(optimizer, loss, peak, step, steps):
 
 # ---------------------------------------------------------------- log-probabilities
 def after_prompt(model, tokens):
-    """model(tokens) from the prompt's last token on, (B, 1 + MAX_TOKENS, ...): all that predicts
-    the response. A prompt is computed once for all of its responses, which begin with its cache."""
+    """model(tokens) from the prompt's last token to the last but one, (B, MAX_TOKENS, ...): all
+    that predicts the response. A prompt is computed once for all of its responses, which begin
+    with its cache."""
     prompts, row = tokens[:, :data.PROMPT_TOKENS].unique(dim=0, return_inverse=True)
     cache = []
     last = model(prompts, cache)[:, -1:]
     cache = [tuple(part[row] for part in layer) for layer in cache]
-    return torch.cat([last[row], model(tokens[:, data.PROMPT_TOKENS:], cache)], dim=1)
+    return torch.cat([last[row], model(tokens[:, data.PROMPT_TOKENS:-1], cache)], dim=1)
 
 
 def logprob(model, tokens, mask, of=una.sequence_logprob):
     """log pi(y|x) of each row of tokens, mask (B, 7): (B,), nats. With of=una.token_logprobs that
     of each token of the responses: (B, MAX_TOKENS), 0 where there is none."""
     start = data.PROMPT_TOKENS - 1                               # its logits predict the first word
-    return of(after_prompt(model, tokens), tokens[:, start:], mask[:, start:])
+    logits = F.pad(after_prompt(model, tokens), (0, 0, 0, 1))    # the last predict nothing
+    return of(logits, tokens[:, start:], mask[:, start:])
 
 
 CHUNK = 2048     # responses at a time, where no gradient is: memory does not grow with their number
@@ -116,17 +119,42 @@ def with_mismatched_pairs(feedback, reference):
                            other_ref_logprob=logprob_in_chunks(reference, tokens, mask))
 
 
-def start_offsets(method, feedback, beta):
-    """f(x) + c of each prompt, (X,), in units of reward, where a Method begins with it.
+def scored(method, feedback):
+    """The scores that a Method has, and their prompts: (N,) each. Labels are scores of 0 and 1."""
+    scores = feedback.labels if method.feedback == "binary" else feedback.scores
+    first = data.thirds(len(scores))[1] if method.feedback == "mixed" else 0
+    return scores[first:], feedback.prompt[first:]
 
-    Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Learned: from 0.
+
+# At pi_ref every implicit reward of a prompt is f(x) + c. Where that is the logit of the prompt's
+# mean score, the residuals s - sigma(f + c) add up to 0: no response is pushed but against others.
+def balanced_offsets(method, feedback):
+    """f(x) + c of each prompt, (X,), at which pi_ref's scores are right on average."""
+    scores, prompt = scored(method, feedback)
+    return torch.stack([scores[prompt == x].mean() for x in range(len(data.TRAIN_PROMPTS))]).logit()
+
+
+def start_offsets(method, feedback, beta):
+    """f(x) + c of each prompt, (X,), in units of reward, that a Method has.
+
+    Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Learned: it
+    begins balanced.
     """
     offsets = torch.zeros(len(data.TRAIN_PROMPTS), device=feedback.scores.device)
     if method.offset == "estimated":
-        rewards = feedback.scores.logit()
-        for prompt in range(len(offsets)):
-            offsets[prompt] = una.estimated_offset(rewards[feedback.prompt == prompt], beta)
-    return offsets.requires_grad_(method.offset == "learned")
+        scores, prompt = scored(method, feedback)
+        for x in range(len(offsets)):
+            offsets[x] = una.estimated_offset(scores[prompt == x].logit(), beta)
+    if method.offset == "learned":
+        offsets = balanced_offsets(method, feedback).requires_grad_()
+    return offsets
+
+
+def mean_rho(policy, feedback):
+    """The mean of log pi/pi_ref over 2048 stored responses, nats: -KL(pi_ref || pi). Far below 0 it
+    warns that probability has left what was judged."""
+    tokens, mask = feedback.tokens[:CHUNK], feedback.mask[:CHUNK]
+    return (logprob_in_chunks(policy, tokens, mask) - feedback.ref_logprob[:CHUNK]).mean().item()
 
 
 def train_reward_model(settings, seed, reference, feedback, learning_rate=3e-4):
@@ -161,14 +189,17 @@ def model_reward(reward_model, tokens, mask):
 #     fresh    rewards (B,); per_prompt, how many responses in a row answer one prompt; offset, 0;
 #              for ppo ref_logprobs (B, 4) of the tokens, the value model, and advantages: None
 #              until ppo has made them, and what else has to stay as it was, from its first look.
-def stored_batches(method, shared, size, seed, offsets):
+def stored_batches(method, shared, size, seed, offsets, ramp=0):
     """What a Method learns from for ever, if its feedback is stored; offsets (X,) of the prompts.
-    """
-    feedback = shared.feedback
+    Over the first `ramp` batches f(x) + c moves there, from where it is balanced."""
+    feedback, now = shared.feedback, offsets
     if method.mismatched:
         feedback = with_mismatched_pairs(feedback, shared.reference)
-    for batch in data.stored_batches(method.feedback, feedback, size, seed):
-        batch.offset = offsets[batch.prompt]
+    start = balanced_offsets(method, feedback) if ramp else None
+    for step, batch in enumerate(data.stored_batches(method.feedback, feedback, size, seed)):
+        if ramp:
+            now = start.lerp(offsets, min(1.0, step / ramp))
+        batch.offset, batch.anchor = now[batch.prompt], method.anchor
         yield batch
 
 
@@ -201,9 +232,11 @@ def implicit_reward(policy, batch, beta):
 
 
 def una_pair(policy, batch, beta):
-    """Eq. 10."""
-    chosen, rejected = implicit_reward(policy, batch, beta).chunk(2)
-    return una.una_pair_loss(chosen, rejected)
+    """Eq. 10, and batch.anchor times what holds the mass."""
+    logprobs = logprob(policy, batch.tokens, batch.mask)
+    chosen, rejected = una.implicit_reward(logprobs, batch.ref_logprob, beta).chunk(2)
+    held = una.anchor_loss(logprobs, batch.ref_logprob).view(2, -1).mean(0)
+    return una.una_pair_loss(chosen, rejected) + batch.anchor * held
 
 
 def una_binary_mse(policy, batch, beta):
@@ -227,9 +260,13 @@ def una_reward(policy, batch, beta):
 
 
 def una_mixed(policy, batch, beta):
-    """Eq. 10, 11 and 13 in one: every pair, label and score of the batch weighs the same."""
-    reward = implicit_reward(policy, batch, beta)
+    """Eq. 10, 11 and 13 in one: every pair, label and score of the batch weighs the same. Its
+    pairs have an anchor as una_pair's."""
+    logprobs = logprob(policy, batch.tokens, batch.mask)
+    reward = una.implicit_reward(logprobs, batch.ref_logprob, beta, batch.offset)
+    held = una.anchor_loss(logprobs, batch.ref_logprob)
     pairs = una.una_pair_loss(reward[batch.chosen], reward[batch.rejected])
+    pairs = pairs + batch.anchor * (held[batch.chosen] + held[batch.rejected]) / 2
     binary = una.una_binary_loss(reward[batch.binary], batch.labels[batch.binary], g="mse")
     scores = una.una_score_loss(reward[batch.scored], batch.scores[batch.scored])
     return torch.cat([pairs, binary, scores])
@@ -274,7 +311,7 @@ def ppo(policy, batch, beta):
     step on a batch, while pi is the policy that sampled it."""
     response = batch.mask[:, data.PROMPT_TOKENS:]
     logprobs = logprob(policy, batch.tokens, batch.mask, una.token_logprobs)     # (B, 4)
-    values = after_prompt(batch.value, batch.tokens)[:, :-1]     # (B, 4): before each token
+    values = after_prompt(batch.value, batch.tokens)             # (B, 4): before each token
     if batch.advantages is None:
         batch.old_logprobs, batch.old_values = logprobs.detach(), values.detach()
         rewards = una.ppo_token_rewards(batch.rewards, batch.old_logprobs, batch.ref_logprobs,
@@ -293,6 +330,8 @@ class Method(NamedTuple):
     learning_rate: float
     beta_multiple: float        # of the task's beta: what the loss has for beta
     offset: str = "zero"        # f(x) + c: zero, estimated or learned, one number a prompt
+    ramp: float = 0.0           # share of the steps in which an estimate is moved to
+    anchor: float = 0.0         # what KL(pi_ref || pi) costs beside a loss of pairs
     epochs: int = 1             # optimiser steps on each batch
     value_model: bool = False   # is one trained beside the policy?
     mismatched: bool = False    # does the loss need mismatched pairs?
@@ -302,14 +341,16 @@ class Method(NamedTuple):
 OFFSET_TIMES = 10          # a learned f(x) + c has this multiple of the weights' learning rate
 METHODS = {
     "una-pair": Method("pairs", una_pair, 4e-3, 1),
+    "una-pair-anchored": Method("pairs", una_pair, 4e-3, 1, anchor=0.01),
     "una-binary-mse": Method("binary", una_binary_mse, 2e-3, 0.03125),
     "una-binary-bce": Method("binary", una_binary_bce, 2e-3, 0.0625),
     "una-binary-learned": Method("binary", una_binary_bce, 2e-3, 0.25, "learned"),
     "una-score": Method("scores", una_score, 1e-3, 0.03125),
-    "una-score-estimated": Method("scores", una_score, 8e-3, 1, "estimated"),
+    "una-score-estimated": Method("scores", una_score, 8e-3, 1, "estimated", ramp=0.5),
     "una-score-learned": Method("scores", una_score, 8e-3, 1, "learned"),
-    "una-reward-estimated": Method("scores", una_reward, 4e-3, 1, "estimated"),
+    "una-reward-estimated": Method("scores", una_reward, 4e-3, 1, "estimated", ramp=0.5),
     "una-mixed": Method("mixed", una_mixed, 2e-3, 0.0625),
+    "una-mixed-estimated": Method("mixed", una_mixed, 4e-3, 1, "estimated", 0.5, 0.01),
     "dpo": Method("pairs", dpo, 4e-3, 1),
     "kto": Method("binary", kto, 4e-3, 0.125, mismatched=True),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
@@ -392,7 +433,8 @@ def begin(method, settings, seed, shared, offsets=None):
         return policy, batches, value, None
     if offsets is None:
         offsets = start_offsets(method, shared.feedback, method.beta_multiple * settings.beta)
-    batches = stored_batches(method, shared, settings.batch, seed, offsets)
+    batches = stored_batches(method, shared, settings.batch, seed, offsets,
+                             round(method.ramp * settings.steps))
     return policy, batches, value, offsets
 
 
@@ -433,6 +475,7 @@ def run_method(settings, seed, name, shared):
         with torch.no_grad():
             chosen, rejected = implicit_reward(policy, pairs, beta).chunk(2)
         entry |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item(),
+                      mean_rho=mean_rho(policy, shared.feedback),
                       offsets=offsets.tolist())                  # f(x) + c of each training prompt
     save_weights(settings, f"{name}-{seed}", policy)
     return entry | dict(curve=curve, dots=exact.reward_dots(world, ends["train"]),

@@ -268,6 +268,25 @@ def una_pair_loss(chosen_reward, rejected_reward):
     return -F.logsigmoid(chosen_reward - rejected_reward)
 
 
+# Pairs need an anchor. Let D be the responses to x that stand in pairs. What cancels f(x) cancels
+#     the price of leaving D as well: if log pi of all of D falls by the same amount, the loss stays
+#     as it is, and its minima are as many as there are ways to spend that mass elsewhere. On pi_ref's
+#     own responses the mean of -rho is
+#         E_{y~pi_ref} log pi_ref/pi = KL(pi_ref || pi),
+#     of which the two of a pair are samples. Its gradient in the logits of a token that begins
+#     neither is pi, times their number: nothing rises unseen. Its own minimum is pi_ref, so a large
+#     weight is a bias; a small one suffices where the pairs say nothing at all.
+# Known: -log pi of the chosen response alone beside DPO (RPO, Pang et al. 2024).
+def anchor_loss(logprob, ref_logprob):
+    """One response of pi_ref's term of KL(pi_ref || pi): -rho.
+
+    Log-probabilities (B,), nats, sums. Returns (B,), nats: 0 where pi is pi_ref, and below 0 where
+    pi says the response more often. ValueError if their shapes differ.
+    """
+    _alike(logprob=logprob, ref_logprob=ref_logprob)
+    return ref_logprob - logprob
+
+
 # ---------------------------------------------------------------- binary feedback (section 2.3.2)
 # The judge's thumb up is the label 1, thumb down the label 0. Labels are scores, and Eq. 9 is then
 # Eq. 11† (mse): (s_theta - 1)^2 or (s_theta - 0)^2.

@@ -9,10 +9,10 @@ import sys
 
 import torch
 
-from lab import budget, claims, doubts, run, tables
+from lab import budget, claims, doubts, run, stored, tables
 from lab.campaign import Lab
 
-PLANS = dict(claims=claims.settle, budget=budget.settle, pairs=doubts.pairs, kto=doubts.kto)
+PLANS = dict(stored=stored.settle, claims=claims.settle, budget=budget.settle, pairs=doubts.pairs, kto=doubts.kto)
 
 
 def main(arguments=None):

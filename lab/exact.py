@@ -4,6 +4,7 @@
     World                          what is known of some prompts before any policy: r, pi_ref, J*
     evaluate                       what a policy reaches there: reward, KL, J, regret, lost
     lost_parts                     where it lost that: on what was judged, or elsewhere
+    masses                         its probability of each kind of string
 
 X prompts, Y responses. Float64 on the CPU, but for what a model computes in its own precision.
 """
@@ -108,8 +109,9 @@ class World:
 
     prompts (X, 3) tokens; beta the task's; rewards (X, Y) the judge's; ref_logprobs (X, Y) nats;
     optimum (X,) the largest possible J of each prompt: beta log Z(x), Eq. 19; gain (X,) how far it
-    lies above the reference's J. As r takes only some hundred values: values (R,), and
-    value_logprobs (X, R), log of pi_ref's probability of each (None where r takes too many).
+    lies above the reference's J; kinds (X, Y), of KINDS. As r takes only some hundred values:
+    values (R,), and value_logprobs (X, R), log of pi_ref's probability of each (None where r takes
+    too many).
     """
 
     def __init__(self, reference, prompts, beta, level=0.0):
@@ -119,12 +121,36 @@ class World:
         self.rewards = torch.stack([data.reward(prompt.expand(len(responses), -1), responses)
                                     for prompt in self.prompts]).double()
         self.rewards += data.prompt_level(self.prompts, level).double()[:, None]
+        self.kinds = torch.stack([kinds_of(prompt, responses) for prompt in self.prompts])
         self.ref_logprobs = policy_logprobs(reference, self.prompts)
         self.optimum = una.optimal_policy(self.ref_logprobs, self.rewards, beta)[1]
         self.gain = self.optimum - expect(self.ref_logprobs, self.rewards)
         self.values, index = self.rewards.unique(return_inverse=True)
         mass = torch.zeros(len(self.prompts), len(self.values), dtype=torch.float64)
         self.value_logprobs = mass.scatter_add(1, index, self.ref_logprobs.exp()).log()
+
+
+# What a response is, to the grammar: a sentence about the prompt's noun or another's; the
+# end-of-text at once; another string that ends; one that was cut off.
+KINDS = ("right", "wrong noun", "no word", "wrong word", "no end")
+
+
+def kinds_of(prompt, responses):
+    """Which of KINDS responses (Y, max_tokens) to a prompt (3,) are: (Y,), small integers."""
+    ends = responses == data.EOT
+    kinds = torch.full(responses.shape[:1], KINDS.index("wrong word"), dtype=torch.int8)
+    kinds[ends[:, 0]] = KINDS.index("no word")
+    kinds[~ends.any(1)] = KINDS.index("no end")
+    sentence = (data.KIND[responses] == data.GRAMMAR).all(1)
+    own = (responses == prompt[1]).any(1)
+    kinds[sentence & own], kinds[sentence & ~own] = KINDS.index("right"), KINDS.index("wrong noun")
+    return kinds
+
+
+def masses(world, logprobs):
+    """{kind: a policy's probability of all its strings, mean over the prompts}."""
+    return {kind: logprobs.exp().where(world.kinds == i, 0.0).sum(1).mean().item()
+            for i, kind in enumerate(KINDS)}
 
 
 # ---------------------------------------------------------------- what a policy reaches

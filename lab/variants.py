@@ -21,30 +21,6 @@ from model import GPT, GPTConfig, ScalarGPT, sample
 
 
 # ---------------------------------------------------------------- losses
-def una_score_residual(policy, batch, beta, held=False):
-    """Eq. 13, with f(x) + c the mean residual of the prompt's responses; held: as a constant."""
-    reward = train.implicit_reward(policy, batch, beta)
-    offset = mean_residual(reward, batch)
-    return una.una_score_loss(reward + (offset.detach() if held else offset), batch.scores)
-
-
-def una_score_held(policy, batch, beta):
-    return una_score_residual(policy, batch, beta, held=True)
-
-
-def una_reward_residual(policy, batch, beta):
-    """Eq. 7 on stored rewards, with f(x) + c the mean residual."""
-    reward = train.implicit_reward(policy, batch, beta)
-    return una.una_reward_loss(reward + mean_residual(reward, batch), batch.scores.logit())
-
-
-def mean_residual(reward, batch):
-    """The mean of r - beta rho over the responses to the same prompt in the batch, (B,)."""
-    residual = batch.scores.logit() - reward
-    same = batch.prompt[:, None] == batch.prompt                                         # (B, B)
-    return (same * residual).sum(1) / same.sum(1)
-
-
 def una_online_others(policy, batch, beta):
     """train.una_online, with the mean of the prompt's other samples. Sample by sample that has
     n / (n - 1) times the gradient, and changes nothing else."""
@@ -64,24 +40,10 @@ def ppo_divided(policy, batch, beta):
     return train.ppo(policy, batch, beta)
 
 
-def kto_without(policy, batch, beta):
-    """train.kto with 0 in the place of its reference point."""
-    own = train.logprob(policy, batch.tokens, batch.mask)
-    nothing = torch.zeros(1, device=own.device)
-    return una.kto_loss(own, batch.ref_logprob, batch.labels, nothing, nothing, beta)
-
-
-METHODS = train.METHODS | {
-    "una-reward": train.Method("scores", train.una_reward, 1e-3, 1),
-    "kto-without": train.METHODS["kto"]._replace(loss=kto_without, mismatched=False)}
-LOSSES = {("una-score", "residual"): una_score_residual, ("una-score", "held"): una_score_held,
-          ("una-reward", "residual"): una_reward_residual}
-
-
 def method_of(its):
     """The train.Method of a Run: a knob of its cell is a field of the Method, or picks a loss."""
-    cell, method = dict(its.cell), METHODS[its.method]
-    loss = LOSSES.get((its.method, its.offset), method.loss)
+    cell, method = dict(its.cell), train.METHODS[its.method]
+    loss = method.loss
     if cell.pop("leave_one_out", False):
         loss = una_online_others
     if cell.pop("divide", False):
@@ -90,12 +52,10 @@ def method_of(its):
 
 
 def given_offsets(its, shared, beta):
-    """f(x) + c of each training prompt, (X,), where the truth is told; else None. exact: beta
-    log Z(x) at the loss's own beta, whose optimum it is; constant: its mean over the prompts."""
-    if its.offset not in ("exact", "constant"):
-        return None
+    """f(x) + c of each training prompt, (X,), where train.py's rules do not give it; else None.
+    exact: beta log Z(x) at the loss's own beta, whose optimum it is. from zero: learned from 0."""
     truth = beta_log_z(shared, beta).float().to(shared.feedback.scores.device)
-    return truth if its.offset == "exact" else truth.mean().expand_as(truth)
+    return {"exact": truth, "from zero": torch.zeros_like(truth).requires_grad_()}.get(its.offset)
 
 
 def beta_log_z(shared, beta):
@@ -117,7 +77,7 @@ def entry(its, settings, prepared):
         shared.feedback = train.collect_feedback(settings, its.seed, shared.reference)
     if its.method == "reward model":
         return reward_model(its, settings, shared)
-    return film(its, settings, shared) if its.look == "film" else trained(its, settings, shared)
+    return trained(its, settings, shared)
 
 
 def trained(its, settings, shared):
@@ -138,7 +98,9 @@ def trained(its, settings, shared):
         told.update({split: exact.evaluate(world, logprobs) for split, world in worlds.items()
                      if split != "heldout"})
         told["train"] |= exact.lost_parts(worlds["train"], logprobs, judged)
-        curve.append(train.point(step, seconds, told["train"], loss=loss))
+        told["train"]["mass"] = exact.masses(worlds["train"], logprobs)
+        curve.append(train.point(step, seconds, told["train"], loss=loss,
+                                 mass=told["train"]["mass"]))
         if fresh and its.points > 1:
             curve[-1]["gradient_noise"] = gradient_noise(method.loss, policy, others, beta)
 
@@ -146,19 +108,24 @@ def trained(its, settings, shared):
     at = {max(1, round(its.steps / apart ** i)) for i in range(its.points)}
     zeros, loss = counting(method.loss) if its.look == "zeros" else (None, method.loss)
     try:
-        look(0, 0.0, None)
+        if its.look != "lost":
+            look(0, 0.0, None)
         told |= train.align(method._replace(loss=loss), policy, batches, beta, its.steps, value,
                             offsets, look, at)
         if "heldout" in worlds and its.look != "lost":
             world = worlds["heldout"]
-            told["heldout"] = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
+            logprobs = exact.policy_logprobs(policy, world.prompts)
+            told["heldout"] = exact.evaluate(world, logprobs)
+            told["heldout"]["mass"] = exact.masses(world, logprobs)
     except FloatingPointError as error:
         return dict(diverged=str(error))
     if its.look == "lost":
         return dict(train=dict(lost=told["train"]["lost"]))
     if its.look == "zeros":
         told["zeros"] = sum(zeros)
-    if its.offset in ("estimated", "learned"):
+    if not fresh:
+        told["mean_rho"] = train.mean_rho(policy, shared.feedback)
+    if its.offset in ("estimated", "learned", "from zero"):
         error = offsets.detach().cpu() - beta_log_z(shared, beta)
         told |= dict(offsets=offsets.tolist(), offset_error=error.square().mean().sqrt().item())
     if fresh:
@@ -190,34 +157,6 @@ def counting(loss):
         zeros.append((other - batch.other_ref_logprob).mean().item() <= 0)
         return loss(policy, batch, beta)
     return zeros, counted
-
-
-FRAMES = 12                            # quadratic in time: most happens early
-
-
-def film(its, settings, shared):
-    """Implicit rewards beta log pi/pi_ref, frame by frame, of the responses that pi_ref gives over
-    1 in 300; the first and the last frame if its.points is less than that."""
-    method, world, frames = method_of(its), shared.worlds["train"], []
-    likely = world.ref_logprobs > math.log(1 / 300)
-    policy, batches, value, offsets = train.begin(method, settings, its.seed, shared)
-
-    def look(step, seconds, loss):
-        logprobs = exact.policy_logprobs(policy, world.prompts)
-        frames.append(text(una.implicit_reward(logprobs, world.ref_logprobs, world.beta)[likely]))
-
-    steps = [math.ceil(its.steps * (i / (FRAMES - 1)) ** 2) for i in range(FRAMES)]
-    steps = steps if its.points == FRAMES else [0, its.steps]
-    look(0, 0.0, None)
-    train.align(method, policy, batches, method.beta_multiple * settings.beta, its.steps, value,
-                offsets, look, steps)
-    return dict(steps_shown=steps, frames=frames, beta_log_z=world.optimum.tolist(),
-                explicit=text(world.rewards[likely]), prompt=text(likely.nonzero()[:, 0]))
-
-
-def text(numbers):
-    """A frame is one string: so many numbers would be as many lines."""
-    return " ".join(f"{number:.2f}".rstrip("0").rstrip(".") for number in numbers.tolist())
 
 
 # ---------------------------------------------------------------- reward models
@@ -263,7 +202,8 @@ def reward_model(its, settings, shared):
 def part_of(world, rows):
     """A World of some of its prompts."""
     part = copy.copy(world)
-    for name in ("prompts", "rewards", "ref_logprobs", "optimum", "gain", "value_logprobs"):
+    for name in ("prompts", "rewards", "ref_logprobs", "optimum", "gain", "kinds",
+                 "value_logprobs"):
         setattr(part, name, getattr(world, name)[rows])
     return part
 
