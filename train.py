@@ -64,22 +64,21 @@ def descend(optimizer, loss, peak, step, steps):
 
 # ---------------------------------------------------------------- log-probabilities
 def after_prompt(model, tokens):
-    """model(tokens) from the prompt's last token to the last but one, (B, MAX_TOKENS, ...): all
-    that predicts the response. A prompt is computed once for all of its responses, which begin
-    with its cache."""
+    """model(tokens) from the prompt's last token on. A prompt is computed once for all of its
+    responses, which begin with its cache."""
     prompts, row = tokens[:, :data.PROMPT_TOKENS].unique(dim=0, return_inverse=True)
     cache = []
     last = model(prompts, cache)[:, -1:]
     cache = [tuple(part[row] for part in layer) for layer in cache]
-    return torch.cat([last[row], model(tokens[:, data.PROMPT_TOKENS:-1], cache)], dim=1)
+    return torch.cat([last[row], model(tokens[:, data.PROMPT_TOKENS:], cache)], dim=1)
 
 
 def logprob(model, tokens, mask, of=una.sequence_logprob):
     """log pi(y|x) of each row of tokens, mask (B, 7): (B,), nats. With of=una.token_logprobs that
     of each token of the responses: (B, MAX_TOKENS), 0 where there is none."""
+    logits = after_prompt(model, tokens[:, :-1])                 # the last token predicts nothing
     start = data.PROMPT_TOKENS - 1                               # its logits predict the first word
-    logits = F.pad(after_prompt(model, tokens), (0, 0, 0, 1))    # the last predict nothing
-    return of(logits, tokens[:, start:], mask[:, start:])
+    return of(F.pad(logits, (0, 0, 0, 1)), tokens[:, start:], mask[:, start:])
 
 
 CHUNK = 2048     # responses at a time, where no gradient is: memory does not grow with their number
@@ -311,7 +310,7 @@ def ppo(policy, batch, beta):
     step on a batch, while pi is the policy that sampled it."""
     response = batch.mask[:, data.PROMPT_TOKENS:]
     logprobs = logprob(policy, batch.tokens, batch.mask, una.token_logprobs)     # (B, 4)
-    values = after_prompt(batch.value, batch.tokens)             # (B, 4): before each token
+    values = after_prompt(batch.value, batch.tokens[:, :-1])     # (B, 4): before each token
     if batch.advantages is None:
         batch.old_logprobs, batch.old_values = logprobs.detach(), values.detach()
         rewards = una.ppo_token_rewards(batch.rewards, batch.old_logprobs, batch.ref_logprobs,
@@ -337,7 +336,7 @@ class Method(NamedTuple):
     mismatched: bool = False    # does the loss need mismatched pairs?
 
 
-# The settings are the best cells of lab/claims.py's grids.
+# The settings are the best cells of the grids of lab/stored.py and lab/online.py.
 OFFSET_TIMES = 10          # a learned f(x) + c has this multiple of the weights' learning rate
 METHODS = {
     "una-pair": Method("pairs", una_pair, 4e-3, 1),

@@ -268,14 +268,17 @@ def una_pair_loss(chosen_reward, rejected_reward):
     return -F.logsigmoid(chosen_reward - rejected_reward)
 
 
-# Pairs need an anchor. Let D be the responses to x that stand in pairs. What cancels f(x) cancels
-#     the price of leaving D as well: if log pi of all of D falls by the same amount, the loss stays
-#     as it is, and its minima are as many as there are ways to spend that mass elsewhere. On pi_ref's
-#     own responses the mean of -rho is
-#         E_{y~pi_ref} log pi_ref/pi = KL(pi_ref || pi),
-#     of which the two of a pair are samples. Its gradient in the logits of a token that begins
-#     neither is pi, times their number: nothing rises unseen. Its own minimum is pi_ref, so a large
-#     weight is a bias; a small one suffices where the pairs say nothing at all.
+# Pairs leak. Let D be the responses to x that stand in pairs. What cancels f(x) cancels the price
+#     of leaving D as well: where log pi of all of D falls by one amount the loss stays as it is, so
+#     that its minima are as many as there are ways to spend that mass on what nobody judged. Nor
+#     does its gradient see them: with logits z behind one prefix,
+#         d/dz_k log pi(y_w) - d/dz_k log pi(y_l) = [k = w] - pi_k - ([k = l] - pi_k) = 0
+#     for every token k that begins neither.
+# An anchor holds it. Over pi_ref's own responses, of which a pair's two are samples,
+#         E_{y~pi_ref} -rho = E_{y~pi_ref} log pi_ref/pi = KL(pi_ref || pi),
+#     whose gradient pulls every logit towards pi_ref's probability: d/dz_k KL = pi_k - pi_ref,k.
+#     Its own minimum is pi_ref. So a large weight is a bias, and a small one suffices, since beside
+#     it nothing else weighs on what the pairs do not see.
 # Known: -log pi of the chosen response alone beside DPO (RPO, Pang et al. 2024).
 def anchor_loss(logprob, ref_logprob):
     """One response of pi_ref's term of KL(pi_ref || pi): -rho.

@@ -1,1 +1,1 @@
-"""How far a policy is from the truth: exact evaluation, figures, and the claims of the paper."""
+"""How far a policy is from the truth: exact evaluation, long runs, tables and pictures."""

@@ -1,6 +1,6 @@
 """The campaigns, by name.
 
-    python -m lab claims|budget|pairs|kto      goes on where it stopped; kto and budget need claims
+    python -m lab stored|online|budget      goes on where it stopped; budget needs online
     python -m lab tables                       pages and pictures anew, from the JSON files
 """
 import json
@@ -9,10 +9,10 @@ import sys
 
 import torch
 
-from lab import budget, claims, doubts, run, stored, tables
+from lab import budget, online, run, stored, tables
 from lab.campaign import Lab
 
-PLANS = dict(stored=stored.settle, claims=claims.settle, budget=budget.settle, pairs=doubts.pairs, kto=doubts.kto)
+PLANS = dict(stored=stored.settle, online=online.settle, budget=budget.settle)
 
 
 def main(arguments=None):
@@ -31,7 +31,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         run.say(f"interrupted. What has ended is in {given.out}/parts: the same command goes on")
         return 130
-    except (OSError, json.JSONDecodeError) as error:             # claims.json missing, or half
+    except (OSError, json.JSONDecodeError) as error:             # online.json missing, or half
         parser.error(f"--out {given.out}: {error}")
     return 0
 

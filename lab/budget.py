@@ -4,7 +4,7 @@
 
 Stored feedback on 1200, 9600 and 76,800 judged responses, each method tuned at each size; and
 reward models of the pairs among these, with their exact optima. All of it at level 1, by the rules
-of lab/claims.py, whose claims.json has what 76,800 judged responses bring.
+of lab/stored.py, whose stored.json has what 76,800 judged responses bring.
 """
 from lab import campaign
 from lab.campaign import REPORTED_SEEDS, Run, at, results
@@ -13,22 +13,22 @@ SIZES, FULL = (1200, 9600), 76_800                                # judged respo
 STEPS = (100, 200, 400)
 
 # ---------------------------------------------------------------- what is tuned
-# As in lab/claims.py, with coarser steps of learning rate and beta, since there is a third knob; a
+# As in lab/stored.py, with coarser steps of learning rate and beta, since there is a third knob; a
 # grid grows once at most.
 NO_OFFSET = dict(learning_rate=(1e-3, 4e-3), beta_multiple=(0.0625, 0.25, 1), steps=STEPS)
 OFFSET = dict(learning_rate=(2e-3, 8e-3), beta_multiple=(0.25, 1, 4), steps=STEPS)
-SCORE, LEARNED = (Run("una-score", offset, level=1.0) for offset in ("estimated", "learned"))
+SCORE, LEARNED = (Run("una-score", offset, level=1.0) for offset in ("estimated", "from zero"))
 STORED = {
     Run("dpo", level=1.0): dict(learning_rate=(1e-3, 4e-3), beta_multiple=(1, 4, 16), steps=STEPS),
     Run("kto", level=1.0): dict(learning_rate=(1e-3, 4e-3), beta_multiple=(0.25, 1, 4),
                                 steps=STEPS),
     Run("una-binary-bce", level=1.0): NO_OFFSET,
-    Run("una-binary-bce", "learned", level=1.0): OFFSET,
+    Run("una-binary-bce", "from zero", level=1.0): OFFSET,
     Run("una-score", level=1.0): NO_OFFSET,
     SCORE: OFFSET, LEARNED: OFFSET,
     Run("una-mixed", level=1.0): NO_OFFSET,
 }
-# claims.json has all of these with 76,800, but una-mixed's cell is that of level 0 there.
+# stored.json has most of these with 76,800.
 GRIDS = {key._replace(judged=size): grid for size in SIZES for key, grid in STORED.items()} | {
     Run("una-mixed", level=1.0): dict(learning_rate=(1e-3, 2e-3, 4e-3, 8e-3),
                                       beta_multiple=(0.0625, 0.25, 1, 4), steps=(400,))}
@@ -43,8 +43,9 @@ PREDICTIONS = dict(
     few_scores="`una-score-estimated` loses less from 1200 scores than `dpo` from 38,400 pairs",
     zero="`una-score` with f = c = 0 loses at least 0.8 times as much from 76,800 scores as from "
          "9600: what it lacks is not data",
-    learned="`una-score-learned` loses less than `una-score-estimated` at every size",
-    binary="`una-binary-learned` loses less from 9600 labels than `una-binary-bce` from 76,800",
+    learned="an offset that is learned, from 0, loses less than the estimate, at every size",
+    binary="`una-binary-bce` with a learned offset loses less from 9600 labels than with 0 from "
+           "76,800",
     pairs="`dpo`'s best β from 600 pairs is more than the task's",
     detour="at every size the optimum of the reward model loses less than `dpo` on the same pairs",
     optimiser="`una-online` and `ppo` lose at most 1 % by the measure of their reward model, at "
@@ -71,7 +72,7 @@ def model_lost(lab, title, runs):
 
 
 def settle(lab):
-    """What budget.json says; the cells of the online methods are claims.json's."""
+    """What budget.json says; the cells of the online methods are online.json's."""
     best = campaign.settled(lab)
     lost, chosen = campaign.tune(GRIDS, MOVES, campaign.lost_of(lab))
     told = [at(key, cell) for key, cell in chosen.items()] + explained(chosen)

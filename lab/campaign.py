@@ -23,8 +23,8 @@ TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/vari
 
 
 class Run(NamedTuple):
-    """One result. method is of variants.METHODS; or what there is without training: reference,
-    optimum, optima; or "reward model"."""
+    """One result. method is of train.METHODS; or what there is without training, reference and
+    optimum; or "reward model"."""
     method: str
     offset: str = "zero"        # or estimated, learned, exact, from zero: learned from there
     level: float = 0.0
@@ -111,10 +111,10 @@ def load(path):
 
 
 # ---------------------------------------------------------------- grids
-# All cells of a grid, {knob: values}, run on the first two tuning seeds. Where the cell of the least
-# mean lost has the grid's least or largest learning rate, beta or anchor, the grid grows by one
-# value beyond it, so often as `moves` allows. The better four run on all eight tuning seeds, and the
-# least mean wins, so that one breakdown in eight counts.
+# All cells of a grid, {knob: values}, run on the first two tuning seeds. Where the cell of the
+# least mean lost has the grid's least or largest learning rate, beta or anchor, the grid grows by
+# one value beyond it, so often as `moves` allows. The better four run on all eight tuning seeds,
+# and the least mean wins, so that one breakdown in eight counts.
 TUNING_SEEDS, REPORTED_SEEDS, FIRST, KEPT = range(100, 108), range(21, 29), 2, 4
 
 
@@ -127,9 +127,11 @@ def grown(grid, best):
     grid = dict(grid)
     for knob in ("learning_rate", "beta_multiple", "anchor"):
         values = sorted(grid.get(knob, ()))
-        if len(values) > 1 and dict(best)[knob] == values[-1]:
+        if len(values) < 2:
+            continue
+        if dict(best)[knob] == values[-1]:
             grid[knob] = (*values, round(values[-1] ** 2 / values[-2], 6))
-        elif values and dict(best)[knob] == values[0]:
+        elif dict(best)[knob] == values[0]:
             grid[knob] = (round(values[0] ** 2 / values[1], 6), *values)
     return grid
 
@@ -170,10 +172,10 @@ def rows_of(lost, chosen, **more):
 
 
 def settled(lab):
-    """{a Run without a cell: its best cell}, by the claims.json in the Lab's folder."""
-    claims = json.loads(Path(lab.folder, "claims.json").read_text(encoding="utf-8"))
+    """{a Run without a cell: its best cell}, by the online.json in the Lab's folder."""
+    online = json.loads(Path(lab.folder, "online.json").read_text(encoding="utf-8"))
     return {Run(**{name: row[name] for name in ("method", "offset", "level", "reward", "judged")}):
-            tuple(row["cell"].items()) for row in claims["tuning"] if row["best"]}
+            tuple(row["cell"].items()) for row in online["tuning"] if row["best"]}
 
 
 def lost_of(lab):

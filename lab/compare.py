@@ -9,11 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from lab import figures
 
-METHODS = ("una-pair", "una-binary-mse", "una-binary-bce", "una-binary-learned", "una-score",
-           "una-score-estimated", "una-score-learned", "una-reward-estimated", "una-mixed", "dpo",
-           "kto", "una-online", "una-online-score", "ppo")                    # train.py's
+METHODS = ("una-pair", "una-pair-anchored", "una-binary-mse", "una-binary-bce",
+           "una-binary-learned", "una-score", "una-score-estimated", "una-score-learned",
+           "una-reward-estimated", "una-mixed", "una-mixed-estimated", "dpo", "kto", "una-online",
+           "una-online-score", "ppo")                                         # train.py's
 MACHINES = {"default": "here", "default-cpu": "another CPU", "default-h100": "NVIDIA H100"}
 # Words for: all differences below 0, all above 0, neither.
 VERDICTS = ("replicates", "does not: the reverse", "does not: no difference shown")
@@ -22,20 +25,20 @@ ANSWERS = ("yes", "no: the reverse", "no difference shown")
 
 # ---------------------------------------------------------------- which runs
 def read(folder):
-    """{name of a JSON file: what it says}, of those that are there; and "main", claims.json as if
-    train.py had written it: the methods on the judge's reward, at level 0.
+    """{name of a JSON file: what it says}, of those that are there; and "main", as if train.py had
+    written it: the methods on the judge's reward, at level 0.
 
     A run is called by its method and, unless METHODS has a name for both, by what it has for
-    f(x) + c: "una-score, constant". The knobs of its cell are fields of it too. On a reward model
+    f(x) + c: "una-score, from zero". The knobs of its cell are fields of it too. On a reward model
     "ppo, train" is a run by the judge's measure, "ppo, by_model" the same run by the model's; and
     so for "optimum", the model's own.
     """
     told = {}
-    for name in ("claims", "budget", "pairs", "kto", *MACHINES):
+    for name in ("stored", "online", "budget", *MACHINES):
         if (path := Path(folder, f"{name}.json")).exists():
             text = path.read_text(encoding="utf-8")
             told[name] = json.loads(text.replace("null", "Infinity"))   # lost by what diverged
-            for kind in ("tuning", "runs", "dots", "models"):
+            for kind in ("tuning", "runs", "watched", "models"):
                 for entry in told[name].get(kind, ()):
                     entry |= entry.get("cell", {}) | dict(method=name_of(**entry))
     for model in told.get("budget", {}).get("models", ()):
@@ -46,15 +49,18 @@ def read(folder):
                     run["train"] = run[by]
                     run["gained"] = run[by]["reward"] - model["reference"][by]["reward"]
                 told["budget"]["runs"].append(run)
-    if claims := told.get("claims"):
-        told["main"] = claims | dict(runs=[run for name in METHODS
-                                           for run in reported(claims, name)])
+    if {"stored", "online"} <= told.keys():
+        told["main"] = told["stored"] | dict(runs=[
+            run for name in METHODS for file in ("stored", "online")
+            for run in reported(told[file], name)])
     return told
 
 
 def name_of(method, offset="zero", **_):
     own = f"{method.removesuffix('-bce')}-{offset}"
-    return own if own in METHODS else method if offset == "zero" else f"{method}, {offset}"
+    if method in METHODS and (offset == "zero" or method.endswith(offset)):
+        return method
+    return own if own in METHODS else f"{method}, {offset}"
 
 
 def pick(runs, **fields):
@@ -62,10 +68,13 @@ def pick(runs, **fields):
 
 
 def reported(file, name, level=0.0, reward="judge", judged=None, **fields):
-    """Runs, one a seed; where a name has several cells, those of the first: its best."""
-    judged = judged or max(run["judged"] for run in file["runs"])
+    """Runs, one a seed; where a name has several cells, those in its best."""
+    judged = judged or max([run["judged"] for run in file["runs"]])
     runs = pick(file["runs"], method=name, level=level, reward=reward, judged=judged, **fields)
-    return [run for run in runs if run["cell"] == runs[0]["cell"]]
+    cells = [run["cell"] for run in runs]
+    best = [row["cell"] for row in pick(file["tuning"], method=name, reward=reward, best=True)]
+    cell = next((cell for cell in cells if cell in best), cells[0] if cells else None)
+    return [run for run in runs if run["cell"] == cell]
 
 
 def lost(runs):
@@ -144,6 +153,12 @@ def sooner(ours, theirs):
     return [here, span(ratios, ANSWERS, ".3g", "× ")[0], span([1 - x for x in ratios], VERDICTS)[1]]
 
 
+def correlation(xs, ys):
+    """Of the ranks of two lists."""
+    ranks = [np.argsort(np.argsort(values)) for values in (xs, ys)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 def bad(shares):
     """How many ended below the reference, or in no numbers."""
     return f"{sum(share > 1 for share in shares)} of {len(shares)}"
@@ -151,16 +166,9 @@ def bad(shares):
 
 def cell_text(cell):
     words = dict(beta_multiple="β × ", epochs="inner steps ", divide="divided: ",
-                 leave_one_out="leave one out: ")
+                 leave_one_out="leave one out: ", anchor="α ", ramp="path ")
     return ", ".join(words.get(knob, "") + (("no", "yes")[value] if isinstance(value, bool)
                                             else f"{value:g}") for knob, value in cell.items())
-
-
-def edges(grid, best):
-    """Which knobs of a grid, of learning rate and beta, end with the best row's value."""
-    return [words for knob, words in (("learning_rate", "learning rate"), ("beta_multiple", "β"))
-            if knob in best and best[knob] in (min(row[knob] for row in grid),
-                                               max(row[knob] for row in grid))]
 
 
 def code(name, *more):

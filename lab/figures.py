@@ -9,10 +9,8 @@ import os
 import numpy as np
 
 os.environ["MPLBACKEND"] = "agg"     # pictures go to files: no variable can ask for another screen
-from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-import data  # noqa: E402
 from lab.run import save  # noqa: E402
 
 
@@ -213,69 +211,26 @@ def draw_rewards(figure, dots, size):
 
 
 # ---------------------------------------------------------------- the pictures of lab/README.md
-NEAR = dict(xlim=(-4.2, 3.2), ylim=(-4.7, 3.2))                  # what lies below is drawn at -4.5
-FILMED = ("una-score", "una-score-estimated", "una-online")
-MOVING = ("una-score-estimated", "dpo", "una-online")
-
-
-def draw_claims(results, folder):
-    """Of claims.json: results as train.py writes them, and films in "dots"."""
+def draw_claims(results, watched, folder):
+    """Of results as train.py writes them, and of runs with a curve of masses."""
     picture(folder, PICTURES[0], draw_frontier, results, figsize=(8.5, 5))
     picture(folder, PICTURES[1], draw_regret, results, figsize=(8.5, 4.5))
-    films = {(film["method"], film["level"]): film_of(**film) for film in results["dots"]}
-    picture(folder, PICTURES[2], draw_films, films, figsize=(8.5, 5))
-    save(os.path.join(folder, "training.gif"), lambda partial: animate(films, partial))
+    picture(folder, "masses.png", draw_masses, watched, figsize=(8.5, 3))
 
 
-def film_of(explicit, frames, beta_log_z, prompt, steps_shown, **_):
-    """Arrays (N,): explicit, frames (a list of implicit), beta log Z(x), prompt. And the steps."""
-    explicit, prompt, *frames = (np.array([float(word) for word in text.split()])
-                                 for text in (explicit, prompt, *frames))
-    prompt = prompt.astype(int)
-    return explicit, frames, np.array(beta_log_z)[prompt], prompt, steps_shown
-
-
-def draw_films(figure, films):
-    """Above, at level 0, with beta log Z(x); below, at level 1, without it: nouns have colors."""
-    grid = figure.subplots(2, 4, sharex=True, sharey=True)
-    nouns = np.array([prompt.split()[1] for prompt in data.TRAIN_PROMPTS])
-    for level, row in enumerate(grid):
-        for axes, name, frame in zip(row, (FILMED[0], *FILMED), (0, -1, -1, -1)):
-            explicit, frames, offset, prompt, _ = films[name, level]
-            diagonal(axes, "before" if frame == 0 else name, **NEAR)
-            implicit = np.maximum(frames[frame] + (0 if level else offset), -4.5)
-            for color, noun in zip(COLORS, data.NOUNS if level else [None]):
-                its = slice(None) if noun is None else nouns[prompt] == noun
-                axes.scatter(explicit[its], implicit[its], s=3, color=color, label=noun)
-    grid[1, 0].legend(fontsize=7, loc="upper left", markerscale=3)
-    grid[0, 0].set_ylabel("β log π/π_ref + β log Z(x)", fontsize=9)
-    grid[1, 0].set_ylabel("β log π/π_ref alone", fontsize=9)
-    figure.supxlabel("the judge's reward", fontsize=9)
-    figure.suptitle(
-        "Optimal where the dots lie on the diagonal (above). Where nouns have levels of their own "
-        "(below),\nthe best policy has a band for each: f(x) folds them into one", fontsize=10)
-
-
-def animate(films, path):
-    """MOVING at level 0, as they train."""
-    films, figure = [films[name, 0] for name in MOVING], Figure((7.5, 3), layout="constrained")
-    panels, steps = figure.subplots(1, len(MOVING), sharey=True), films[0][-1]
-    marks = [axes.scatter(explicit, explicit, s=3, color=COLORS[0])
-             for axes, (explicit, *_) in zip(panels, films)]
-    for axes, name in zip(panels, MOVING):
-        diagonal(axes, name, **NEAR)
-    panels[0].set_ylabel("β log π/π_ref + β log Z(x)", fontsize=9)
-    figure.supxlabel("the judge's reward", fontsize=9)
-
-    def show(frame):
-        for mark, (explicit, frames, offset, *_) in zip(marks, films):
-            mark.set_offsets(np.stack([explicit, np.maximum(frames[frame] + offset, -4.5)], axis=1))
-        figure.suptitle(f"Implicit against explicit reward, step {steps[frame]}: "
-                        "optimal on the diagonal", fontsize=10)
-
-    order = [*range(len(steps)), *[len(steps) - 1] * 5]          # it rests at the end
-    FuncAnimation(figure, show, order).save(f"{path}.gif", PillowWriter(fps=3), dpi=80)
-    os.replace(f"{path}.gif", path)                              # the writer wants a name in .gif
+def draw_masses(figure, watched):
+    """A panel for each run: its probability of each kind of string, step by step."""
+    grid = figure.subplots(1, len(watched), sharex=True, sharey=True)
+    for axes, run in zip(grid, watched):
+        steps = [max(1, point["step"]) for point in run["curve"]]
+        for look, kind in zip(LOOKS, ("no word", "wrong word", "no end", "wrong noun")):
+            axes.plot(steps, [point["mass"][kind] for point in run["curve"]], **look, label=kind,
+                      markersize=4)
+        label(axes, f"{run['method']}\nlost {lost(run):.1%}", 9, xscale="log", yscale="log",
+              ylim=(1e-6, 1.5))
+    grid[0].set_ylabel("probability, mean over the prompts", fontsize=9)
+    figure.supxlabel("step (1: the reference)", fontsize=9)
+    figure.legend(*grid[0].get_legend_handles_labels(), fontsize=8, loc="outside right")
 
 
 def draw_budget(learning, pairs, lines, gains, folder):

@@ -30,12 +30,9 @@ GRIDS = {
     EXACT: dict(learning_rate=FAST) | PATH,
     ESTIMATED: dict(learning_rate=FASTER) | PATH,
     SCORE_LEARNED: dict(learning_rate=FASTER, beta_multiple=(0.5, 1)),
-    REWARD: dict(learning_rate=FAST) | PATH,
     CURED: dict(learning_rate=FAST, ramp=(0.5,)) | ANCHORED,
-    **{key._replace(level=1.0): dict(learning_rate=FAST, beta_multiple=(0.125, 0.25))
-       for key in (BCE, SCORE)},
 }
-MOVES = 2
+MOVES = 1
 
 # ---------------------------------------------------------------- what is reported
 # Fixed before any reported seed ran, with single runs on tuning seeds seen. Lost is in percent of
@@ -68,19 +65,19 @@ def other_path(cell):
 def reported(chosen):
     """The Runs, without a seed, of all that is reported. chosen: the best cell of each of GRIDS.
 
-    una-pair has dpo's cell, as it is the same loss. Other paths and beginnings of f(x) + c have the
-    cell of the method that they are compared with, and so has at level 1 what has a number for each
-    prompt.
+    una-pair has dpo's cell, as it is the same loss, and una-reward-estimated that of scores. Other
+    paths and beginnings of f(x) + c have the cell of the method that they are compared with. At
+    level 1 all have their cell of level 0.
     """
     runs = [at(key, chosen[key]) for key in GRIDS]
     runs[runs.index(at(KTO, chosen[KTO]))] = at(KTO, chosen[KTO], look="zeros")
-    runs.append(at(Run("una-pair"), chosen[DPO]))
+    runs += [at(Run("una-pair"), chosen[DPO]), at(REWARD, chosen[ESTIMATED])]
     for level in (0.0, 1.0):
         runs += [at(key, other_path(chosen[key]), level=level) for key in (EXACT, ESTIMATED)]
         runs += [at(key, chosen[key], level=level, offset="from zero")
                  for key in (LEARNED, SCORE_LEARNED)]
     return runs + [at(key, chosen[key], level=1.0)
-                   for key in (LEARNED, EXACT, ESTIMATED, SCORE_LEARNED)]
+                   for key in (BCE, SCORE, LEARNED, EXACT, ESTIMATED, SCORE_LEARNED)]
 
 
 WATCHED, POINTS = (DPO, ANCHOR, LEARNED, ESTIMATED), 12
@@ -96,7 +93,7 @@ def settle(lab):
     reference, optimum = (results(lab, name, [Run(name, seed=seed) for seed in REPORTED_SEEDS])
                           for name in ("reference", "optimum"))
     for entry in optimum[1:]:                                    # the picture has one frontier
-        del entry["frontier"]
+        entry.pop("frontier")
     return dict(versions=run.versions(), flags=lab.flags, predictions=PREDICTIONS,
                 tuning=campaign.rows_of(lost, chosen), reference=reference, optimum=optimum,
                 runs=runs, watched=watched)

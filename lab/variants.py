@@ -70,8 +70,6 @@ def entry(its, settings, prepared):
     if its.method in ("reference", "optimum"):
         told = start if its.method == "reference" else best
         return {name: told[name] for name in told if name not in ("dots", "samples")}
-    if its.method == "optima":
-        return dict(optima=optima(shared.worlds["train"], shared.worlds["train"].rewards))
     shared = copy.copy(shared)
     if len(shared.feedback.tokens) != its.judged:
         shared.feedback = train.collect_feedback(settings, its.seed, shared.reference)

@@ -1,7 +1,7 @@
 """f(x) + c of a method, one number a prompt, and the level that makes prompts differ.
 
-Zero, estimated or learned: what each starts with, who gets it, what becomes of it, and what a mean
-residual in its place does. All of it in a language of 651 responses to a prompt.
+Zero, estimated or learned: what each starts with, who gets it, and by which path it gets there. All
+of it in a language of 651 responses to a prompt.
 """
 import copy
 import functools
@@ -15,11 +15,11 @@ import torch
 import data
 import train
 import una
-from helpers import close, gradient, moved, near, normals
-from lab import variants
+from helpers import close, moved, near
 
 STORED = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
 WITH_OFFSET = [name for name in STORED if name.endswith(("-estimated", "-learned"))]
+ALONE = [name for name in WITH_OFFSET if "mixed" not in name]     # of one kind of feedback
 ESTIMATED = [name for name in WITH_OFFSET if name.endswith("-estimated")]
 pytestmark = pytest.mark.usefixtures("language")                 # of toy.py
 
@@ -52,12 +52,29 @@ def rewards(batch, level=1.0):
     return data.reward(batch.tokens[:, :3], batch.tokens[:, 3:]) + torch.tensor(levels)
 
 
-def estimates(batch, beta):
+def own_scores(name, batch):
+    """What a method knows of each training prompt: its scores, or labels; of mixed feedback the
+    scores of the last third."""
+    first, own = (30 if "mixed" in name else 0), [[] for _ in data.TRAIN_PROMPTS]
+    scores = batch.labels if "binary" in name else torch.sigmoid(rewards(batch))
+    for i, score in list(zip(numbers(batch), scores.tolist()))[first:]:
+        own[i].append(score)
+    return own
+
+
+def logit(score):
+    return math.log(score / (1 - score))
+
+
+def estimates(batch, beta, name="una-score-estimated"):
     """beta log mean e^{r/beta} of each training prompt, response by response."""
-    own = [[] for _ in data.TRAIN_PROMPTS]
-    for i, reward in zip(numbers(batch), rewards(batch).tolist()):
-        own[i].append(reward)
-    return [beta * math.log(sum(math.exp(r / beta) for r in group) / len(group)) for group in own]
+    return [beta * math.log(sum(math.exp(logit(s) / beta) for s in group) / len(group))
+            for group in own_scores(name, batch)]
+
+
+def balances(batch, name):
+    """The logit of each prompt's mean score."""
+    return [logit(sum(group) / len(group)) for group in own_scores(name, batch)]
 
 
 def rho_of(policy, batch):
@@ -86,25 +103,47 @@ def weights(model):
 
 # ---------------------------------------------------------------- where an offset begins
 @pytest.mark.parametrize("name", STORED)
-def test_an_offset_is_one_number_a_prompt_and_0_unless_it_is_estimated(name):
+def test_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
     method = train.METHODS[name]
     offsets = train.start_offsets(method, everything(), 0.25)
     assert offsets.shape == (len(data.TRAIN_PROMPTS),) == (3,)
-    assert offsets.any() == (method.offset == "estimated") == (name in ESTIMATED)
+    assert offsets.any() == (method.offset != "zero") == (name in WITH_OFFSET)
     assert offsets.requires_grad == (method.offset == "learned")
-    assert (name in WITH_OFFSET) == (method.offset != "zero")
+    if method.offset == "learned":
+        assert offsets.tolist() == pytest.approx(balances(everything(), name), abs=1e-4)
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0, 8.0])
 @pytest.mark.parametrize("name", ESTIMATED)
 def test_eq04_an_estimated_offset_is_that_of_the_prompts_own_scored_rewards(name, beta):
-    order = torch.randperm(40, generator=torch.Generator())
-    for batch in (everything(), data.take(prepared().feedback, order)):      # in any order
-        expected = estimates(batch, beta)
+    batch = everything()
+    expected = estimates(batch, beta, name)
+    offsets = train.start_offsets(train.METHODS[name], batch, beta)
+    assert offsets.tolist() == pytest.approx(expected, abs=1e-4)
+    assert len({round(value, 2) for value in expected}) == 3     # no two prompts are alike
+    assert (expected != estimates(batch, beta)) == ("mixed" in name)
+    if "mixed" not in name:                                      # in any order
+        batch = data.take(prepared().feedback, torch.randperm(40, generator=torch.Generator()))
         offsets = train.start_offsets(train.METHODS[name], batch, beta)
-        assert offsets.tolist() == pytest.approx(expected, abs=1e-4)
-        assert len({round(value, 2) for value in expected}) == 3     # no two prompts are alike
-    assert len({*torch.bincount(torch.tensor(numbers(batch))).tolist()}) > 1
+        assert offsets.tolist() == pytest.approx(estimates(batch, beta), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["una-binary-bce", "una-score", "una-mixed"])
+def test_where_an_offset_is_balanced_the_loss_moves_no_prompts_responses_all_alike(name):
+    # dL/drho of the squared loss is 2 beta (s - s_phi) s (1 - s), of bce beta (s - label).
+    method, batch = train.METHODS[name], everything()
+    balanced = train.balanced_offsets(method, batch)
+    assert balanced.tolist() == pytest.approx(balances(batch, name), abs=1e-4)
+    if name != "una-mixed":
+        for offsets, still in ((balanced, True), (balanced + 0.5, False)):
+            batch.offset = offsets.double()[numbers(batch)]
+            rho = torch.zeros(46).double().requires_grad_()
+            implicit = una.implicit_reward(rho, torch.zeros(46).double(), 0.25, batch.offset)
+            loss = (una.una_binary_loss(implicit, batch.labels, "bce") if "binary" in name
+                    else una.una_score_loss(implicit, batch.scores.double()))
+            (pull,) = torch.autograd.grad(loss.sum(), rho)
+            by_prompt = torch.zeros(3).double().index_add(0, batch.prompt, pull)
+            assert (by_prompt.abs().max() < 1e-5) == still and pull.abs().max() > 0.01
 
 
 def test_eq04_an_offset_is_estimated_at_the_losses_beta_and_not_at_the_tasks():
@@ -123,6 +162,24 @@ def test_each_response_has_the_number_of_its_own_prompt(name):
     assert not prepared().feedback.offset.any()                  # what is shared stays as it was
 
 
+@pytest.mark.parametrize("name", ["una-score-estimated", "una-mixed-estimated"])
+def test_an_estimate_is_moved_to_in_even_steps_from_where_it_is_balanced(name):
+    seen, its = [], train.METHODS[name]._replace(ramp=0.5)
+    _, stream, _, offsets = train.begin(its, settings(steps=8), 0, prepared())
+    start = balances(everything(), name)
+    for step in range(8):
+        batch = next(stream)
+        for own, i in zip(batch.offset.tolist(), numbers(batch)):
+            moved_so_far = min(1, step / 4)
+            expected = start[i] + moved_so_far * (offsets[i].item() - start[i])
+            assert own == pytest.approx(expected, abs=1e-5)
+            seen.append(abs(own - offsets[i].item()) > 0.05)
+    assert True in seen and False in seen
+    _, at_once, _, _ = train.begin(its._replace(ramp=0.0), settings(steps=8), 0, prepared())
+    first = next(at_once)
+    assert torch.equal(first.offset, offsets[numbers(first)])
+
+
 def test_offsets_that_are_given_stand_in_for_the_methods_own():
     table, seen = torch.linspace(-3, 3, 3), []
 
@@ -130,7 +187,8 @@ def test_offsets_that_are_given_stand_in_for_the_methods_own():
         seen.append(torch.equal(batch.offset, table[numbers(batch)]))
         return train.una_score(policy, batch, beta)
     for offset in ("estimated", "exact"):                        # exact: one of lab/variants.py's
-        _, offsets, _ = run("una-score-estimated", offsets=table, loss=recorded, offset=offset)
+        _, offsets, _ = run("una-score-estimated", offsets=table, loss=recorded, offset=offset,
+                            ramp=0)
         assert offsets is table
     assert seen == [True] * 6
 
@@ -165,7 +223,7 @@ def written_out(name, batch, logit):
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
-@pytest.mark.parametrize("name", WITH_OFFSET)
+@pytest.mark.parametrize("name", ALONE)
 def test_eq07_eq12_eq13_with_an_offset_are_the_losses_written_out(name, beta):
     policy, table = moved(prepared().reference, 0.2), torch.linspace(-1, 2, 3)
     if name in ESTIMATED:
@@ -189,7 +247,7 @@ def mean_loss(name, policy, batch):
     return batch.scores * up + (1 - batch.scores) * down
 
 
-@pytest.mark.parametrize("name", WITH_OFFSET)
+@pytest.mark.parametrize("name", ALONE)
 def test_eq18_at_the_optimum_stored_feedback_pulls_at_nothing_if_the_offset_is_exact(name):
     # Rewards whose optimum the policy is are beta rho + f(x), for any f: their beta log Z(x) is
     # f(x) itself.
@@ -278,54 +336,3 @@ def test_a_level_is_in_the_rewards_of_fresh_samples_and_una_onlines_baseline_tak
     assert not near(seen[0.0].rewards, seen[1.0].rewards, 0.3)
     assert near(slopes["una-online", 0.0], slopes["una-online", 1.0], 1e-5)
     assert not near(slopes["una-online-score", 0.0], slopes["una-online-score", 1.0], 1e-3)
-
-
-# ---------------------------------------------------------------- the mean residual in its place
-PROMPT = torch.tensor([0, 1, 2, 0, 2, 2, 1, 0, 2, 2])
-
-
-@pytest.fixture
-def scored(monkeypatch):
-    """Ten responses to three prompts, in place of a policy their implicit rewards, and scores."""
-    monkeypatch.setattr(train, "implicit_reward", lambda reward, batch, beta: reward)
-    normal = normals(1)
-    return 2 * normal(10), SimpleNamespace(prompt=PROMPT, scores=torch.sigmoid(2 * normal(10)))
-
-
-def pulls(loss, scored):
-    """dL/dr of each response."""
-    reward, batch = scored
-    return gradient(lambda r: loss(r, batch, 0.25), reward)
-
-
-def by_prompt(values):
-    return torch.zeros(3).double().index_add(0, PROMPT, values)
-
-
-def held_reward_residual(reward, batch, beta):
-    """Eq. 7 with the mean residual as a constant."""
-    offset = variants.mean_residual(reward, batch).detach()
-    return una.una_reward_loss(reward + offset, batch.scores.logit())
-
-
-def test_a_held_mean_residual_leaves_a_push_on_all_responses_alike_only_after_the_sigmoid(scored):
-    # On rewards the residuals less their mean add up to 0: through the mean there flows nothing.
-    # The slope of sigma weighs each of them with another weight.
-    losses = (variants.una_score_held, variants.una_score_residual, variants.una_reward_residual,
-              held_reward_residual)
-    held, flowing, on_rewards, held_on_rewards = (pulls(loss, scored) for loss in losses)
-    for pull in (flowing, on_rewards, held_on_rewards):
-        assert near(by_prompt(pull), torch.zeros(3).double())
-    assert by_prompt(held).abs().min() > 1e-3 and not close(held, flowing, 1e-2)
-    assert near(on_rewards, held_on_rewards) and on_rewards.abs().min() > 1e-3
-
-
-def test_that_push_lowers_no_loss(scored):
-    # What is added to all implicit rewards of a prompt goes out of its mean residual again.
-    (reward, batch), normal = scored, normals(2)
-    shift, other = normal(3)[PROMPT], normal(10)
-    for loss in (variants.una_score_residual, variants.una_reward_residual,
-                 variants.una_score_held):
-        before = loss(reward, batch, 0.25)
-        assert near(loss(reward + shift, batch, 0.25), before)
-        assert not near(loss(reward + other, batch, 0.25), before, 0.05)

@@ -3,6 +3,8 @@ import functools
 from types import SimpleNamespace
 from unittest import mock
 
+import torch
+
 import data
 import train
 
@@ -20,7 +22,8 @@ def reward(prompts, responses):
 
 # Three training prompts, each of another mood and noun, and one held out, of the fourth.
 LANGUAGE = dict(TRAIN_PROMPTS=data.TRAIN_PROMPTS[::4], HELDOUT_PROMPTS=data.HELDOUT_PROMPTS[3:],
-                MAX_TOKENS=2, sentences=sentences, reward=reward)
+                MAX_TOKENS=2, GRAMMAR=torch.tensor([data.ADJECTIVE, data.END]),
+                sentences=sentences, reward=reward)
 language = functools.partial(mock.patch.multiple, data, **LANGUAGE)     # with language(): ...
 
 
