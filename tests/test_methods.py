@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from helpers import close, gradient, normals
 from una import (
+    anchor_loss,
     dpo_loss,
     estimated_offset,
     implicit_reward,
@@ -544,6 +545,17 @@ def test_map_mass_only_a_loss_that_sees_each_response_feels_that_all_of_them_los
             (True, lambda p: una_score_loss(r(p), torch.sigmoid(rewards))),
             (True, lambda p: una_binary_loss(r(p), label, "mae"))):
         assert close(loss(policy - 1), loss(policy)) != sees
+
+
+def test_map_anchor_is_on_average_the_KL_of_pi_ref_and_pi_and_feels_what_pairs_do_not():
+    (theta, ref, _), log = LISTS, lambda t: t.log_softmax(-1)
+    p, p_ref = log(theta), log(ref)
+    mean = lambda t: (p_ref.exp() * anchor_loss(log(t), p_ref)).sum(1)
+    KL = torch.distributions.kl_divergence(
+        *[torch.distributions.Categorical(logits=logprobs) for logprobs in (p_ref, p)])
+    assert close(mean(theta), KL) and not close((p.exp() * anchor_loss(p_ref, p)).sum(1), KL)
+    assert close(gradient(mean, theta), p.exp() - p_ref.exp())
+    assert close(anchor_loss(p - 1, p_ref), anchor_loss(p, p_ref) + 1)
 
 
 # ---------------------------------------------------------------- more exact relations
