@@ -18,7 +18,7 @@ They stand in order of need, not in the paper's: what a derivation uses comes be
 Functions are pure, take and return tensors, and know no model. Losses are not reduced: one value
 per example, shape (B,), so that any mixture of feedback can be averaged. Arguments named ref_* are
 constants: compute them without gradients. A dagger, Eq. 2†, marks where the paper prints something
-else than what stands here; the README's errata say what, and why.
+else than what stands here; paper/README.md says what, and why.
 
     python una.py          the paper in three responses, with numbers to check by hand
 """
@@ -39,11 +39,15 @@ def _alike(**tensors):
 #     log pi(y|x) = sum_t log p(y_t | x, y_<t).
 # A SUM: with the mean in its place, the probabilities of all responses would not add up to 1.
 # The logits at position t come from tokens 0..t, so they predict token t + 1: drop the last logits
-# and the first token. With logits z,
+# and the first token. Said plainly, that is
+#     logprobs = logits[:, :-1].log_softmax(-1)                           # (B, T-1, V)
+#     logprobs = logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)     # (B, T-1)
+#     (logprobs * response_mask[:, 1:]).sum(-1)                           # (B,)
+# The code below computes the same. With logits z, it uses
 #     log softmax(z)[k] = z[k] - log sum_j exp z[j],
-# a gather and a logsumexp, with no second tensor of all log-probabilities.
-# Select first, compute then: prompt and padding get the gradient 0 exactly, even where their logits
-# are NaN (masking the result would make it 0 * NaN), and are never copied to float32.
+# a gather and a logsumexp, with no second tensor of all log-probabilities. And it selects before it
+# computes: prompt and padding get the gradient 0 exactly, even where their logits are NaN (masking
+# the result would make it 0 * NaN), and are never copied to float32.
 def token_logprobs(logits, tokens, response_mask):
     """log p(y_t | x, y_<t) of every response token; arguments as in sequence_logprob.
 
@@ -327,9 +331,10 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(margin)
 
 
-# KTO (Ethayarajh et al. 2024) values an outcome against a reference point z_0, an estimate of
-# KL(pi || pi_ref) from mismatched pairs (x_i, y_j), i != j, clamped at 0 and held constant (biased,
-# since y_j answers another prompt):
+# KTO (Ethayarajh et al. 2024) takes from prospect theory that people feel gains and losses against
+# what they are used to. For that reference point it has z_0, how far the policy has moved on
+# average: an estimate of KL(pi || pi_ref) from mismatched pairs (x_i, y_j), i != j, clamped at 0
+# and held constant (biased, since y_j answers another prompt):
 #     v = lambda_D sigma(beta (rho - z_0)) if desirable, lambda_U sigma(beta (z_0 - rho)) if not,
 #     L = lambda_y - v.
 # As 1 - sigma(t) = sigma(-t), for lambda = 1 that is |label - sigma(beta rho - beta z_0)|: UNA's
@@ -362,10 +367,13 @@ def kto_loss(policy, ref, label, policy_kl, ref_kl, beta,
 
 # ---------------------------------------------------------------- PPO, RLHF's usual optimiser
 # PPO (Schulman et al. 2017) climbs Eq. 3, as RLHF does. It is what UNA would replace, and shares no
-# equation with UNA's losses. A response is an episode, a token an action. (B, T) below
-# are tokens in order, mask True on the response's, so that log-probability, value and reward of a
-# token stand in one column. What stands off the mask, NaN and infinity included, is made 0 before
-# anything is computed from it: it moves no value, and its gradient is 0.
+# equation with UNA's losses. A response is an episode, a token an action. The policy writes
+# responses; each token is made likelier or less likely as what followed it was better or worse than
+# a value model had foretold, in steps that clipping keeps short; the value model learns from the
+# same responses.
+# (B, T) below are tokens in order, mask True on the response's, so that log-probability, value and
+# reward of a token stand in one column. What stands off the mask, NaN and infinity included, is
+# made 0 before anything is computed from it: it moves no value, and its gradient is 0.
 
 # Token rewards: -beta log pi/pi_ref(y_t) for each token, and r_phi on the last. They add up to
 # r_phi - beta rho, whose mean over samples of pi is J.

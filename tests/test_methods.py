@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from helpers import close, gradient, normals
 from una import (
+    anchor_loss,
     dpo_loss,
     estimated_offset,
     implicit_reward,
@@ -97,7 +98,7 @@ def test_map_dpo_is_the_pair_loss_from_logits_to_loss_and_each_mistake_is_seen()
     assert same(lambda z: dpo_loss(*of_all(z), *of_all(ref_logits), 0.3), paper, logits)
 
 
-def test_map_ipo_map_rebel_and_map_sppo_are_the_reward_loss_of_margins_or_of_labels_less_one_half():
+def test_map_ipo_map_rebel_and_map_sppo_are_the_reward_loss_of_margins_or_of_win_rates():
     (policy, ref, rewards), tau, eta = PAIRS, 0.3, 2.5
     # Azar et al. 2023: (h - 1/(2 tau))^2 with h = rho_w - rho_l. Times tau^2: (tau h - 1/2)^2.
     ipo = lambda p: ((p[0] - p[1]) - (ref[0] - ref[1]) - 1 / (2 * tau)) ** 2
@@ -107,11 +108,76 @@ def test_map_ipo_map_rebel_and_map_sppo_are_the_reward_loss_of_margins_or_of_lab
     rebel = lambda p: (((p[0] - ref[0]) - (p[1] - ref[1])) / eta - (rewards[0] - rewards[1])) ** 2
     una = lambda p, beta=1 / eta, r=rewards: una_reward_loss(margin(p, ref, beta), r[0] - r[1])
     assert finds(una, rebel, policy, dict(beta=eta), dict(r=rewards.flip(0)))
-    # Wu et al. 2024: (rho - eta (P - 1/2))^2, where P is 1 for the winner and 0 for the loser.
-    sppo = lambda p: (p - ref - eta * (LABEL - 0.5)) ** 2
-    una = lambda p, offset=0.0, target=LABEL - 0.5, beta=1 / eta: eta**2 * una_reward_loss(
-        implicit_reward(p, ref, beta, offset), target)
-    assert finds(una, sppo, policy, dict(offset=0.1), dict(target=0.5 - LABEL), dict(beta=eta))
+    # Wu et al. 2024: (rho - eta (P - 1/2))^2, P the chance to beat a response of the last policy.
+    # Of two that are drawn alike each wins as often: P has the mean 1/2, which is f(x) + c. A judge
+    # who is asked once says 1 or 0.
+    for P in (torch.sigmoid(rewards), LABEL):
+        sppo = lambda p: (p - ref - eta * (P - 0.5)) ** 2
+        una = lambda p, offset=0.5, target=P, beta=1 / eta: eta**2 * una_reward_loss(
+            implicit_reward(p, ref, beta, offset), target)
+        assert finds(una, sppo, policy, dict(offset=0.0), dict(target=1 - P), dict(beta=eta))
+
+
+def test_map_reward_aware_rpo_is_cross_entropy_less_its_entropy_with_the_label_sigma_of_eta_dr():
+    # Sun et al. 2025: KL(B(s) || B(t)) of two coins, s = sigma(eta (r - r')), t = sigma(r_theta -
+    # r_theta'). A label's own entropy has no gradient.
+    (policy, ref, rewards), beta, eta = PAIRS, 0.3, 1.7
+    s = 1 / (1 + torch.exp(eta * (rewards[1] - rewards[0])))
+    entropy = -s * s.log() - (1 - s) * (1 - s).log()
+
+    def rpo(p):
+        t = 1 / (1 + torch.exp(-beta * ((p[0] - ref[0]) - (p[1] - ref[1]))))
+        return s * (s / t).log() + (1 - s) * ((1 - s) / (1 - t)).log()
+    una = lambda p, label=s, beta=beta, less=entropy: una_score_loss(
+        margin(p, ref, beta), label, "bce") - less
+    assert finds(una, rpo, policy, dict(label=s.round()), dict(label=1 - s), dict(beta=1.0),
+                 dict(less=0.0))
+
+
+def test_map_distilled_dpo_and_map_copg_are_the_reward_loss_of_margins_with_pi_ref_held():
+    # Fisch et al. 2024: (r - r' - beta (rho - rho'))^2: REBEL's, but pi_ref stays. Flet-Berliac et
+    # al. 2024 climb (R - R') (grad log pi(y) - grad log pi(y')) with R = r - beta rho.
+    (policy, ref, rewards), beta = PAIRS, 0.3
+    rho = lambda p: p - ref
+    distilled = lambda p: (rewards[0] - rewards[1] - beta * (rho(p)[0] - rho(p)[1])) ** 2
+    una = lambda p, beta=beta, r=rewards: una_reward_loss(margin(p, ref, beta), r[0] - r[1])
+    assert finds(una, distilled, policy, dict(beta=1.0), dict(r=rewards.flip(0)))
+    for R, copg in ((rewards - beta * rho(policy), True), (rewards, False)):        # no KL
+        climb = torch.stack([R[0] - R[1], R[1] - R[0]])
+        assert close(gradient(una, policy), -2 * beta * climb) == copg
+
+
+def test_map_odpo_is_the_pair_loss_with_a_margin_and_map_gpo_any_convex_function_of_its_margin():
+    # Amini et al. 2024: -log sigma(beta (rho_w - rho_l) - m), m from the scores of the two. It is
+    # no f(x) + c, which cancels.
+    (policy, ref, rewards), beta = PAIRS, 0.3
+    difference = lambda p: beta * ((p[0] - ref[0]) - (p[1] - ref[1]))
+    m = 0.5 * (rewards[0] - rewards[1]).abs().log()
+    odpo = lambda p: torch.log(1 + torch.exp(m - difference(p)))
+    una = lambda p, m=m, beta=beta: una_pair_loss(margin(p, ref, beta) - m, 0 * m)
+    assert finds(una, odpo, policy, dict(m=0 * m), dict(m=-m), dict(beta=1.0))
+    # Tang et al. 2024: E h(beta (rho_w - rho_l)), h convex. DPO's log(1 + e^-t), IPO's (t - 1)^2.
+    for h, loss in ((lambda t: torch.log(1 + torch.exp(-t)), lambda r: una_pair_loss(r, 0 * r)),
+                    (lambda t: (t - 1) ** 2, lambda r: una_reward_loss(r, 1.0))):
+        una = lambda p, beta=beta, sign=1: loss(sign * margin(p, ref, beta))
+        gpo = lambda p: h(difference(p))
+        assert finds(una, gpo, policy, dict(beta=1.0), dict(sign=-1))
+
+
+def test_map_ranked_pro_is_the_pair_loss_of_each_response_and_all_worse_ones_without_pi_ref():
+    # Song et al. 2023, best first: -sum_k log( e^{s_k} / sum_{i >= k} e^{s_i} ), s the mean log pi
+    # of a token. e^{s_k} against all that are worse at once: their rewards' logsumexp.
+    (policy, ref, _), length = LISTS, torch.arange(3, 8).double()
+
+    def pro(p):
+        e = torch.exp(p / length)
+        return -sum(torch.log(e[:, k] / e[:, k:].sum(1)) for k in range(4))
+
+    def una(p, ref=0 * policy, beta=1 / length, best_first=True):
+        r = implicit_reward(p, ref, beta)
+        r = r if best_first else r.flip(1)
+        return sum(una_pair_loss(r[:, k], r[:, k + 1:].logsumexp(1)) for k in range(4))
+    assert finds(una, pro, policy, dict(ref=ref), dict(beta=1.0), dict(best_first=False))
 
 
 def test_map_pro_is_the_pair_loss_over_a_population():
@@ -146,7 +212,7 @@ def kto_paper(p, ref, z0, beta=0.3, label=LABEL):
 
 
 def test_map_kto_and_map_bco_are_the_binary_loss_with_an_offset_of_minus_beta_z0_or_minus_delta():
-    (policy, ref, _), beta, delta = PAIRS, 0.3, 0.6
+    (policy, ref, _), beta = PAIRS, 0.3
     una = lambda p, g, offset, beta=beta, label=LABEL: una_binary_loss(
         implicit_reward(p, ref, beta, offset), label, g)
     for K in (1, 7):
@@ -166,7 +232,9 @@ def test_map_kto_and_map_bco_are_the_binary_loss_with_an_offset_of_minus_beta_z0
         for label in (0 * LABEL, 0 * LABEL + 1):                 # of one class alone
             assert close(kto(policy, label), kto_paper(policy, ref, z0, label=label))
     # Jung et al. 2024, with r = beta rho: -log sigma(r - delta) for label 1, -log sigma(delta - r)
-    # for label 0; and -log sigma(m) = log(1 + e^-m). delta is a reward: no beta.
+    # for label 0; and -log sigma(m) = log(1 + e^-m). delta is a reward, no beta: half the sum of
+    # both classes' means of r, one for all prompts, held.
+    delta = sum((beta * (policy - ref)).mean(1)) / 2
     bco = lambda p: torch.log(1 + ((1 - 2 * LABEL) * (beta * (p - ref) - delta)).exp())
     assert finds(partial(una, g="bce", offset=-delta), bco, policy,
                  dict(offset=delta), dict(offset=-beta * delta), dict(g="mse"))
@@ -249,7 +317,7 @@ def test_map_a_star_po_rpo_and_map_kimi_are_the_reward_loss_with_the_estimated_o
     assert not close(una(best, value[:, None], ref.log_softmax(-1)), 0.0)
 
 
-def test_map_dro_and_map_trajectory_balance_are_the_reward_loss_with_a_learned_offset():
+def test_map_dro_map_path_and_map_trajectory_balance_are_the_reward_loss_with_a_learned_offset():
     # Richemond et al. 2024: (r - V(x) - tau rho)^2 / 2, V learned beside the policy. With the
     # residual e = r - V - tau rho, the slope is -tau e by log pi and -sum e by V(x).
     (policy, ref, rewards), V, tau = LISTS, normals(74)(8, 1), 0.3
@@ -266,6 +334,17 @@ def test_map_dro_and_map_trajectory_balance_are_the_reward_loss_with_a_learned_o
     assert close(gradient(una, policy), tau * gradient(alone, policy))
     assert close(by_V(una), -residual.sum(1, keepdim=True))
     assert not close(by_V(una), tau * by_V(alone))
+    # Nachum et al. 2018, token by token, tau for their lambda, undiscounted, no entropy bonus: the
+    # square of -V(x) + sum_t (r_t - tau log pi/pi_ref(y_t)), r_t = r at the last token alone.
+    tokens, ref_tokens = normals(75)(2, 8, 5, 4)
+    path = lambda t: (-V + sum(rewards * (i == 3) - tau * (t - ref_tokens)[..., i]
+                               for i in range(4))) ** 2
+    una_path = lambda t, V=V, tau=tau: una_reward_loss(
+        implicit_reward(t.sum(-1), ref_tokens.sum(-1), tau, V), rewards)
+    assert close(una_path(tokens), path(tokens)) and close(
+        gradient(una_path, tokens), gradient(path, tokens))
+    for mistake in (dict(V=-V), dict(tau=tau / 4)):              # its sign; the mean for the sum
+        assert not close(una_path(tokens, **mistake), path(tokens))
     # Malkin et al. 2022, with one way to each response and pi_ref e^{r/beta} for what it is to be
     # sampled in proportion to (Bartoldson et al. 2025):
     # (log Z_phi + log pi - log pi_ref - r/beta)^2 = ((beta rho + beta log Z_phi) - r)^2 / beta^2.
@@ -289,7 +368,7 @@ def test_map_dro_and_map_trajectory_balance_are_the_reward_loss_with_a_learned_o
 # ---------------------------------------------------------------- the map: contrasts of a list
 
 # Chen et al. 2024: -sum_i [w_i log sigma(t_i) + 1/K log sigma(-t_i)], w = softmax(r/alpha), with
-# t = log pi/pi_ref and rewards (X, K), of K responses to each of X prompts.
+# t = beta log pi/pi_ref and rewards (X, K), of K responses to each of X prompts.
 def nca_paper(t, rewards, alpha):
     w = (rewards / alpha).exp() / (rewards / alpha).exp().sum(1, keepdim=True)
     return (w * torch.log(1 + (-t).exp()) + torch.log(1 + t.exp()) / t.shape[1]).sum(1)
@@ -298,23 +377,23 @@ def nca_paper(t, rewards, alpha):
 def test_map_nca_is_the_weighted_score_loss_with_cross_entropy_and_the_offset_in_its_label():
     # K w_i = e^{r_i/alpha} / Z^, Z^ the mean over the K. So term i is cross-entropy of weight
     # w_i + 1/K, label w_i/(w_i + 1/K) = 1/(1 + 1/(K w_i)) = sigma(r_i/alpha - log Z^).
-    (policy, ref, rewards), alpha = LISTS, 0.4
+    (policy, ref, rewards), alpha, beta = LISTS, 0.4, 0.3
     V, w = estimated_offset(rewards, alpha)[:, None], (rewards / alpha).softmax(1)
     label, without_Z = torch.sigmoid((rewards - V) / alpha), torch.sigmoid(rewards / alpha)
-    paper = lambda p: nca_paper(p - ref, rewards, alpha)
-    una = lambda p, label=label, weight=w + 1 / 5, g="bce": (
-        weight * una_score_loss(implicit_reward(p, ref, 1.0), label, g)).sum(1)
+    paper = lambda p: nca_paper(beta * (p - ref), rewards, alpha)
+    una = lambda p, label=label, weight=w + 1 / 5, g="bce", beta=beta: (
+        weight * una_score_loss(implicit_reward(p, ref, beta), label, g)).sum(1)
     # The weight is no label. 2 / 5: weights all alike, with their sum.
     assert finds(una, paper, policy, dict(label=w), dict(label=without_Z), dict(weight=2 / 5),
-                 dict(g="mse"))
-    # It is smallest at t = r/alpha - log Z^, where alpha t + alpha log Z^ = r: r_theta = r, where
-    # una-score with the estimated offset is. That is all they share: the ratio of their slopes
-    # elsewhere is another one for each response.
-    best = ref + (rewards - V) / alpha
-    assert close(gradient(paper, best), 0.0) and not close(gradient(paper, best + V / alpha), 0.0)
+                 dict(g="mse"), dict(beta=1.0))
+    # It is smallest at t = r/alpha - log Z^, that is alpha beta log pi/pi_ref + alpha log Z^ = r:
+    # r_theta = r, where una-score with the estimated offset is at a beta of alpha beta. That is all
+    # they share: the ratio of their slopes elsewhere is another one for each response.
+    best = ref + (rewards - V) / (alpha * beta)
+    assert close(gradient(paper, best), 0.0) and not close(gradient(paper, best + V), 0.0)
     for g in ("mse", "bce"):
         score = lambda p, offset=V: una_score_loss(
-            implicit_reward(p, ref, alpha, offset), torch.sigmoid(rewards), g)
+            implicit_reward(p, ref, alpha * beta, offset), torch.sigmoid(rewards), g)
         assert close(gradient(score, best), 0.0)
         assert not close(gradient(lambda p: score(p, 0.0), best), 0.0)
         ratio = gradient(paper, policy) / gradient(score, policy)
@@ -376,7 +455,7 @@ def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
     assert not close(mean(ref.exp(), 0.0), grad_J)               # samples of another policy
 
 
-def test_map_rloo_and_map_vargrad_are_the_reward_loss_with_the_others_or_the_own_mean_residual():
+def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_own_mean_residual():
     # Kool et al. 2019, Ahmadian et al. 2024: 1/n sum_i (R_i - mean of the others' R) grad log pi,
     # R = r - beta rho. The others know nothing of y_i: a baseline. The mean of all n has y_i in it:
     # R_i - mean = (n - 1)/n (R_i - mean of the others). All 5^n draws, each with its probability.
@@ -412,6 +491,71 @@ def test_map_rloo_and_map_vargrad_are_the_reward_loss_with_the_others_or_the_own
     rloo = lambda mean: (R - mean(R)) / n                        # by log pi of each sample
     assert close(gradient(vargrad, policy), -rloo(others_mean) / beta)
     assert not close(gradient(vargrad, policy), -rloo(own_mean) / beta)
+    # Zhang et al. 2025, GVPO: log pi(y_i) has the weight (r_i - mean r) - (r_theta_i - mean
+    # r_theta), held, times -beta: the slope of half of Eq. 7, for any samples.
+    weight = rewards - own_mean(rewards) - beta * (policy - ref - own_mean(policy - ref))
+    half = lambda p, mean=own_mean: una_reward_loss(implicit_reward(
+        p, ref, beta, mean(residual(p))), rewards) / 2
+    assert close(gradient(half, policy), -beta * weight)
+    assert not close(gradient(lambda p: half(p, lambda b: 0.0), policy), -beta * weight)
+    # So both are 0 where pi is proportional to pi_ref e^{r/beta} on the samples, whoever drew them.
+    for shift in (0.0, 2.0):
+        tilted = ref + rewards / beta - shift
+        assert close(half(tilted), 0.0) and close(vargrad(tilted), 0.0)
+    assert not close(half(tilted + normals(92)(8, 5)), 0.0)
+
+
+def test_map_grpo_is_the_policy_gradient_of_rewards_over_their_spread_but_for_its_other_KL():
+    # Shao et al. 2024, the first inner step, whole responses: -A_i log pi + beta k3, with A = (r -
+    # mean r)/std r and k3 = x - log x - 1, x = pi_ref/pi. Eq. 7 has rho = -log x where k3 has its
+    # slope 1 - x: the slope of k2 = rho^2/2.
+    (policy, ref, rewards), beta = LISTS, 0.3
+    r = rewards / rewards.std(1, keepdim=True)
+    k2, k3 = lambda rho: rho**2 / 2, lambda rho: torch.exp(-rho) + rho - 1
+    grpo = lambda k, r=r: gradient(lambda p: beta * k(p - ref) - (r - own_mean(r)) * p, policy)
+    una = gradient(lambda p: una_reward_loss(
+        implicit_reward(p, ref, beta, own_mean(r)), r), policy) / (2 * beta)
+    assert close(una, grpo(k2)) and not close(una, grpo(k3)) and not close(una, grpo(k2, rewards))
+    # On fresh samples k2 has the gradient of KL(pi || pi_ref), which is J's, and k3, held, that of
+    # KL(pi_ref || pi): GRPO's optimum is not pi*.
+    ref = ref.log_softmax(-1)
+    mean = lambda k: gradient(lambda t: policy.softmax(-1) * k(t.log_softmax(-1) - ref), policy)
+    KL = lambda p, q: (p.exp() * (p - q)).sum(-1)
+    forward = gradient(lambda t: KL(ref, t.log_softmax(-1)), policy)
+    reverse = gradient(lambda t: KL(t.log_softmax(-1), ref), policy)
+    assert close(mean(k2), reverse) and close(mean(k3), forward) and not close(mean(k3), reverse)
+
+
+# ---------------------------------------------------------------- the map: what holds the mass
+
+def test_map_mass_only_a_loss_that_sees_each_response_feels_that_all_of_them_lose_the_same_share():
+    # All judged responses are left alike: log pi falls by the same at each, to others that nobody
+    # judged. A loss of differences does not see that. Nor does one whose f(x) + c is fitted.
+    (policy, ref, rewards), beta = LISTS, 0.3
+    V, label = estimated_offset(rewards, beta)[:, None], (rewards > 0).double()
+    r = lambda p, offset=0.0: implicit_reward(p, ref, beta, offset)
+    residual = lambda p: own_mean(rewards - r(p))
+    delta = lambda p: -r(p).mean()                               # BCO's follows r, as this one does
+    for sees, loss in (
+            (False, lambda p: una_pair_loss(r(p)[:, 0], r(p)[:, 1])),
+            (False, lambda p: una_reward_loss(r(p)[:, 0] - r(p)[:, 1], rewards[:, 0])),
+            (False, lambda p: una_reward_loss(r(p, residual(p)), rewards)),
+            (False, lambda p: una_binary_loss(r(p, delta(p)), label, "bce")),
+            (True, lambda p: una_reward_loss(r(p, V), rewards)),
+            (True, lambda p: una_score_loss(r(p), torch.sigmoid(rewards))),
+            (True, lambda p: una_binary_loss(r(p), label, "mae"))):
+        assert close(loss(policy - 1), loss(policy)) != sees
+
+
+def test_map_anchor_is_on_average_the_KL_of_pi_ref_and_pi_and_feels_what_pairs_do_not():
+    (theta, ref, _), log = LISTS, lambda t: t.log_softmax(-1)
+    p, p_ref = log(theta), log(ref)
+    mean = lambda t: (p_ref.exp() * anchor_loss(log(t), p_ref)).sum(1)
+    KL = torch.distributions.kl_divergence(
+        *[torch.distributions.Categorical(logits=logprobs) for logprobs in (p_ref, p)])
+    assert close(mean(theta), KL) and not close((p.exp() * anchor_loss(p_ref, p)).sum(1), KL)
+    assert close(gradient(mean, theta), p.exp() - p_ref.exp())
+    assert close(anchor_loss(p - 1, p_ref), anchor_loss(p, p_ref) + 1)
 
 
 # ---------------------------------------------------------------- more exact relations

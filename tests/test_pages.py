@@ -1,4 +1,4 @@
-"""What is shown: tables, pictures and both READMEs, held against the JSON files and the code."""
+"""What is shown: tables, pictures and pages, held against the JSON files and the code."""
 import inspect
 import json
 import math
@@ -16,8 +16,8 @@ from lab import budget, claims, compare, doubts, figures, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
-    "README.md", "lab/README.md", "examples/README.md")}
-README, LAB, _ = PAGES.values()
+    "README.md", "lab/README.md", "examples/README.md", "paper/README.md", "paper/map.md")}
+README, LAB, _, EQUATIONS, MAP = PAGES.values()
 BLOCKS = [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
           if not language]
 RAW = {name: json.loads((ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
@@ -33,8 +33,8 @@ def section(heading):
     return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def rows(heading):
-    return cells(re.findall(r"(?:^\|.*\n)+", section(heading), re.M)[0])[2:]
+def rows(text):
+    return cells(re.findall(r"(?:^\|.*\n)+", text, re.M)[0])[2:]
 
 
 def prose(page):
@@ -160,7 +160,7 @@ def test_every_number_with_a_range_in_the_prose_is_a_cell():
     for page, least in ((README, 1), (LAB, 30)):
         said = {*re.findall(shown, prose(page))}
         assert len(said) >= least and said <= there, said - there
-    assert {cell for line in rows("Results") for cell in line[-2:]} <= there
+    assert {cell for line in rows(section("Results")) for cell in line[-2:]} <= there
 
 
 def test_the_directions_that_the_prose_names_are_those_of_the_runs():
@@ -201,20 +201,24 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
 def test_every_word_for_pytest_k_selects_a_test_and_every_equation_has_one():
     names = [name for path in (ROOT / "tests").glob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)]
-    words = [line[-1].strip("`") for heading in ("The map of methods", "Errata")
-             for line in rows(heading)] + re.findall(r"`(?:python -m pytest )?-k (\w+)`", README)
-    assert len(words) > 40
+    words = [line[-1].strip("`") for page in (EQUATIONS, MAP) for line in rows(page)] + re.findall(
+        r"`(?:python -m pytest )?-k (\w+)`", README + EQUATIONS + MAP)
+    assert len(words) > 70
     for word in words + [f"eq{number:02d}" for number in range(1, 23)]:
         assert any(word in name for name in names), word
 
 
-def test_the_equation_index_has_every_equation_and_every_function_of_una():
-    table, numbers = rows("From equation to code to test"), set()
-    for first, last in re.findall(r"(\d+)(?:–(\d+))?", " ".join(line[0] for line in table)):
-        numbers |= set(range(int(first), int(last or first) + 1))
-    assert numbers == set(range(1, 23))
-    assert sorted(re.findall(r"`(\w+)`", " ".join(line[1] for line in table))) == sorted(
-        name for name, _ in inspect.getmembers(una, inspect.isfunction) if name[0] != "_")
+def test_the_table_of_equations_has_each_of_them_and_every_function_of_una_and_each_method_a_link():
+    table = rows(EQUATIONS)
+    numbers = {int(number) for line in table for number in re.findall(r"\d+", line[0])}
+    assert numbers == {*range(1, 23)} and {len(line) for line in table} == {6}
+    assert {name for line in table for name in re.findall(r"`(\w+)`", line[3])} == {
+        name for name, _ in inspect.getmembers(una, inspect.isfunction) if name[0] != "_"}
+    cited = re.findall(r"\]\[([\d.]+)\]", MAP)
+    assert {*cited} == {*re.findall(r"^\[([\d.]+)\]: https://arxiv.org/abs/\1$", MAP, re.M)}
+    assert {len(line) for line in rows(MAP)} == {7} and {*train.METHODS} <= {
+        name.replace("`-", "`una-binary-").strip("`") for line in rows(MAP)
+        for name in re.findall(r"`[\w-]+`", line[0])}
 
 
 def test_every_link_leads_somewhere_and_lines_have_at_most_100_characters():
@@ -227,7 +231,7 @@ def test_every_link_leads_somewhere_and_lines_have_at_most_100_characters():
                 re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(
                     r"^## (.*)$", there.read_text(encoding="utf-8"), re.M)], target
         lines = [line for line in page.replace(TABLES["full"], "").splitlines()
-                 if line[:1] != "|" or page is not LAB]          # which are made
+                 if line[:1] != "|" or page not in (LAB, EQUATIONS)]         # made; LaTeX
         assert max(map(len, lines)) <= 100, name
 
 

@@ -427,6 +427,20 @@ def test_eq07_eq11_eq12_and_eq13_on_old_samples_reach_the_optimum_if_the_offset_
     assert close(train(lambda r: reward(r, rewards - offset)), best, tol=1e-6)
 
 
+def test_eq05_and_eq13_have_other_optima_where_feedback_does_not_reach_or_connect_all_responses():
+    # Pairs within 0, 1, 2 and within 3, 4, 5 say nothing of the two groups' shares. Where nobody
+    # judged 4 and 5, nothing says which of them has what is left.
+    first = torch.arange(6) < 3
+    w, l = torch.tensor([*product(range(6), repeat=2)]).T
+    dpo = lambda p, which: dpo_loss(p[:, w], p[:, l], ref[:, w], ref[:, l], beta)[:, which]
+    score = lambda p, judged: una_score_loss(r_theta(p, offset), scores)[:, :judged]
+    shifted, within = (best + first).log_softmax(-1), first[w] == first[l]
+    exchanged = best[:, [0, 1, 2, 3, 5, 4]]
+    assert close(dpo(shifted, within), dpo(best, within))
+    assert not close(dpo(shifted, ~within), dpo(best, ~within))
+    assert close(score(exchanged, 4), 0.0) and not close(score(exchanged, 6), 0.0)
+
+
 def test_eq09_compares_scores_as_eq13_does_and_both_are_smallest_at_the_logit_of_the_given_one():
     # g of a score s and the given one t, and its slope by the reward: the table in una.py.
     table = {
