@@ -5,6 +5,7 @@ optimum, 1 the reference, more is worse than no training.
 """
 import math
 import os
+import textwrap
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def report(results):
 
 
 # ---------------------------------------------------------------- pictures
-PICTURES = ("frontier.png", "regret-over-time.png", "implicit-against-explicit.png")
+PICTURES = ("frontier.png", "regret-over-time.png", "implicit-against-explicit.png", "lost.png")
 # Okabe and Ito's, which the color-blind can tell apart; methods beyond have other markers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LOOKS = [dict(color=color, marker=marker) for color, marker in zip(COLORS * 5, "os^Dv" * 7)]
@@ -126,8 +127,8 @@ def by_method(results):
 
 
 def draw_all(results, folder):
-    """PICTURES, from results.json."""
-    picture(folder, PICTURES[0], draw_frontier, results, figsize=(7, 5))
+    """PICTURES, from results.json; the last where there are several seeds."""
+    picture(folder, PICTURES[0], draw_frontier, results, figsize=(8.5, 5))
     picture(folder, PICTURES[1], draw_regret, results, figsize=(7, 4.5))
     first = results["reference"][0]
     dots = [("reference", "grey", first["dots"])] + [
@@ -137,40 +138,76 @@ def draw_all(results, folder):
     size = math.ceil(len(dots) / 5), min(5, len(dots))           # lines, columns
     picture(folder, PICTURES[2], draw_rewards, dots, size,
             figsize=(2.6 * size[1], 2.7 * size[0] + 0.4))
+    if len(results["reference"]) > 1:
+        picture(folder, PICTURES[3], lost_parts_dots, results, figsize=(7, 6))
+
+
+# What a method learns from, and what it puts for f(x) + c, decide where its runs lie. The first
+# cluster that has a part of a method's name is the method's.
+CLUSTERS = {"fresh feedback": ("online", "ppo", "rloo", "grpo"),
+            "pairs: f + c cancels": ("pair", "dpo"), "f + c is estimated": ("estimated",),
+            "f + c is learned": ("learned",), "f + c is 0": ("",)}
+
+
+def clustered(runs, widest):
+    """{cluster: {method: (KL, reward)}} of runs, and a word on each whose KL is above widest."""
+    shown, far = {cluster: {} for cluster in CLUSTERS}, []
+    for run in runs:
+        name, kl = run["method"], run["train"]["kl"]
+        if kl > widest:
+            far.append(f"{name} at {kl:.1f}")
+        else:
+            cluster = next(c for c, words in CLUSTERS.items() if any(w in name for w in words))
+            shown[cluster][name] = kl, run["train"]["reward"]
+    return {cluster: points for cluster, points in shown.items() if points}, far
 
 
 def draw_frontier(figure, results):
-    """Reward against KL, under the first seed's frontier. Runs far to the right are only named."""
-    axes, far = figure.subplots(), []
+    """Reward against KL: the first seed's runs and its frontier. Runs far right are only named."""
+    axes, start, best = figure.subplots(), results["reference"][0], results["optimum"][0]
+    widest, looks = 1.5 * best["train"]["kl"], dict(zip(CLUSTERS, LOOKS))
+    shown, far = clustered([run for run in results["runs"] if run["seed"] == start["seed"]
+                            and "diverged" not in run], widest)
+    order = sorted(shown, key=lambda cluster: max(shown[cluster].values())[1])
+    axes.plot(*zip(*best["frontier"]), color="black", zorder=0)
+    for i, cluster in enumerate(order):                          # its name stands beside the axes
+        points, look, side = shown[cluster], looks[cluster], (1.04, (i + 0.5) / len(order))
+        words = textwrap.wrap(", ".join(points), 30, break_on_hyphens=False)
+        axes.scatter(*zip(*points.values()), s=50, **look)
+        axes.plot(*side, transform=axes.transAxes, clip_on=False, markersize=7, **look)
+        axes.annotate("", max(points.values()), side, textcoords="axes fraction", arrowprops=dict(
+            arrowstyle="-", color=look["color"], linewidth=0.8))
+        axes.text(side[0] + 0.025, side[1], "\n".join([f"{cluster}:", *words]), fontsize=8.5,
+                  va="center", transform=axes.transAxes)
+    for entry, words, look, shift in (
+            (start, "reference", dict(marker="x", s=90, color="black"), (0.06, -0.01)),
+            (best, "the best policy", dict(marker="*", s=320, facecolor="none", edgecolor="black"),
+             (-0.25, 0.06))):
+        point = np.array([entry["train"]["kl"], entry["train"]["reward"]])
+        axes.scatter(*point, zorder=3, **look)
+        axes.text(*point + shift, words, fontsize=8.5)
+    label(axes, "How much reward for how much KL: no policy is above the line" + (
+        "\n" + textwrap.fill(f"(too far right: {', '.join(far)})", 75) if far else ""),
+          xlim=(-0.05, widest), xlabel="KL(policy || reference), nats",
+          ylabel="mean reward, training prompts")
 
-    def points(entries):
-        return [(entry["train"]["kl"], entry["train"]["reward"]) for entry in entries]
 
-    (kl, reward), *_ = best = points(results["optimum"])
-    widest = 1.5 * max(kl for kl, _ in best)
-    around = axes.inset_axes((0.52, 0.07, 0.46, 0.42))           # what is near to the optimum
-    around.set(xlim=(kl - 0.12, kl + 0.12), ylim=(reward - 0.05, reward + 0.03))
-    around.tick_params(labelsize=7)
-    for name, look, runs in by_method(results):
-        near = [point for point in points(runs) if point[0] <= widest]
-        if len(near) < len(runs):
-            far.append(f"{len(runs) - len(near)} of {name}")
-        look = dict(look, s=24)
-        if name == "una-pair":                                   # a ring: dpo's dots lie in it
-            look = dict(s=110, facecolor="none", edgecolor=look["color"], linewidth=1.5)
-        for part in (axes, around) if near else ():
-            part.scatter(*zip(*near), label=name, **look)
-    for part in (axes, around):
-        part.plot(*zip(*results["optimum"][0]["frontier"]), color="black", zorder=0,
-                  label="frontier: none is above")
-        part.scatter(*zip(*best), marker="*", s=260, facecolor="none", edgecolor="black",
-                     label="optimum of J")
-    axes.scatter(*zip(*points(results["reference"])), marker="x", color="black", label="reference")
-    axes.indicate_inset_zoom(around)
-    label(axes, "How much reward for how much KL: the nearer to the star, the better" + (
-        f"\n(too far to the right: {', '.join(far)})" if far else ""), xlim=(-0.05, widest),
-          xlabel="KL(policy || reference), nats", ylabel="mean reward, training prompts")
-    figure.legend(fontsize=8, loc="outside right")
+def lost_parts_dots(figure, results):
+    """What each method lost on judged and on all other responses: a dot for each seed."""
+    axes, methods = figure.subplots(), by_method(results)
+    for i, (_, _, runs) in enumerate(methods):
+        for part, shift, look in (("judged", -0.17, LOOKS[0]), ("unjudged", 0.17, LOOKS[1])):
+            shares = [max(run["train"][part], 1e-4) for run in runs if part in run["train"]]
+            axes.scatter(100 * np.array(shares), np.full(len(shares), i + shift), s=22, alpha=0.7,
+                         label=None if i else f"on {part} responses", linewidth=0, **look)
+        axes.axhline(i + 0.5, color="#D0D0D0", linewidth=0.6)
+    axes.axvline(100, color="black", linewidth=0.8)              # all that there was to gain
+    label(axes, "Where it was lost: a dot is a seed, the line is the reference", xscale="log",
+          xlim=(0.008, None), ylim=(len(methods) - 0.5, -0.5), yticks=range(len(methods)),
+          yticklabels=[name for name, *_ in methods],
+          xlabel="lost: percent of the possible gain (less than 0.01: drawn at 0.01)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
 def draw_regret(figure, results):

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from matplotlib.figure import Figure
 
 import data
 import train
@@ -193,8 +194,27 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     figures.draw_all(results(diverged(1)), tmp_path)
     assert drawn == [*figures.PICTURES]
     tables.fill(ROOT / "lab")
+    drawn.remove(figures.PICTURES[3])                            # of train.py's folder alone
     assert {path.name for path in (ROOT / "lab").iterdir() if path.suffix in (
-        ".png", ".gif", ".md")} == set(drawn)
+        ".png", ".gif", ".md")} == {*drawn, "triangle.png"}
+
+
+def test_the_frontier_has_one_seeds_points_and_lost_a_dot_for_each_seed():
+    parts = lambda judged, seed: dict(reward=1.5 + seed, kl=0.5, judged=judged, unjudged=0.5)
+    made = results(*[run(seed=seed, train=parts(0.1 * seed - 0.1, seed)) for seed in (1, 2)],
+                   run("kto", train=parts(0.2, 1) | dict(kl=9.0)), diverged(2))
+    frontier, dots = Figure(), Figure()
+    figures.draw_frontier(frontier, made)
+    (axes,) = frontier.axes
+    drawn = [tuple(point) for marks in axes.collections for point in marks.get_offsets().tolist()]
+    assert drawn == [(0.5, 2.5), (0.0, 1.0), (0.75, 1.5)]        # dpo's, the reference's, the best
+    assert "pairs: f + c cancels:\ndpo" in [text.get_text() for text in axes.texts]
+    assert "too far right: kto at 9.0" in axes.get_title()
+    figures.lost_parts_dots(dots, made)
+    judged, unjudged, *_ = (marks.get_offsets().tolist() for marks in dots.axes[0].collections)
+    assert [x for x, _ in judged] == pytest.approx([0.01, 10])
+    assert dots.axes[0].get_xscale() == "log"
+    assert [x for x, _ in unjudged] == [50, 50] and judged[0][1] < unjudged[0][1]
 
 
 # ---------------------------------------------------------------- names, links and commands
