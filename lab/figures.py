@@ -29,49 +29,44 @@ def line(run):
     parts.append(f"loss {run['loss']:.4f} (at start {run['start_loss']:.4f})")
     if "chosen_reward" in run:
         parts.append(f"r_w {run['chosen_reward']:+.2f} r_l {run['rejected_reward']:+.2f}")
+        parts.append(f"log pi/pi_ref {run['mean_rho']:+.2f}")
     reached = run["train"]
     return " | ".join([*parts, f"KL {reached['kl']:.3f}",
                        f"J {reached['objective']:.3f} of {reached['optimum']:.3f}",
                        f"lost {lost(run):.1%}", f"{run['seconds']:.1f} s"])
 
 
+COLUMNS = {"reward": "{:z.3f}", "KL": "{:z.3f}", "J": "{:z.3f}", "lost =": "{:z.2%}",
+           "judged +": "{:z.2%}", "unjudged": "{:z.2%}", "held-out": "{:z.2%}", "seconds": "{:.1f}"}
+
+
 def table(results):
     """A line for each method: medians over the seeds that ended, and the range of what was lost if
     there are several. All figures are of the training prompts but the lost share of the others.
-    lost = judged + unjudged, exact.lost_parts's; where runs do not have them frontier: the reward
-    gained, as a share of what the frontier gains at the same KL."""
-    parted = any("judged" in run.get("train", ()) for run in results["runs"])
-    columns = {"reward": "{:z.3f}", "KL": "{:z.3f}", "J": "{:z.3f}", "lost": "{:z.2%}",
-               "held-out": "{:z.2%}", "frontier": "{:z.1%}", "seconds": "{:.1f}"}
-    if parted:
-        columns = dict(reward="{:z.3f}", KL="{:z.3f}", J="{:z.3f}") | {
-            "lost =": "{:z.2%}", "judged +": "{:z.2%}", "unjudged": "{:z.2%}",
-            "held-out": "{:z.2%}", "seconds": "{:.1f}"}
-    starts = {entry["seed"]: entry["train"]["reward"] for entry in results["reference"]}
-
+    lost = judged + unjudged, exact.lost_parts's."""
     def cells(entry):
-        reached, start = entry["train"], starts[entry["seed"]]
-        frontier = math.nan                                      # where nothing moved
-        if reached["kl"] > 1e-6:
-            frontier = (reached["reward"] - start) / (reached["frontier_reward"] - start)
-        parts = [reached.get(part, math.nan) for part in ("judged", "unjudged")]
-        return [reached["reward"], reached["kl"], reached["objective"], reached["lost"],
-                *(parts if parted else ()), entry["heldout"]["lost"],
-                *(() if parted else (frontier,)), entry.get("seconds", math.nan)]
+        reached = entry["train"]
+        return [*(reached.get(name, math.nan) for name in (
+            "reward", "kl", "objective", "lost", "judged", "unjudged")), entry["heldout"]["lost"],
+                entry.get("seconds", math.nan)]
 
-    lines = [f"{'':<20}" + "".join(f"{heading:>9}" for heading in columns)]
+    lines = [f"{'':<20}" + "".join(f"{heading:>9}" for heading in COLUMNS)]
+    shown = {}                                                   # figures: methods that share them
     for name, entries in rows(results).items():
         ended = [entry for entry in entries if "diverged" not in entry]
-        text = f"{name:<20}"
+        text = ""
         if ended:
             middle = np.median([cells(entry) for entry in ended], axis=0)
             text += "".join(f"{'-' if math.isnan(value) else form.format(value):>9}"
-                            for form, value in zip(columns.values(), middle))
+                            for form, value in zip(COLUMNS.values(), middle))
         if len(ended) > 1:
             text += f"  {min(map(lost, ended)):.2%} to {max(map(lost, ended)):.2%}"
         if len(ended) < len(entries):
             text += f"  {len(entries) - len(ended)} of {len(entries)} diverged"
-        lines.append(text.rstrip())
+        figures = str([cells(entry)[:-1] for entry in ended]) if ended else name
+        shown.setdefault(figures, [[], text])[0].append(name)
+    for names, text in shown.values():
+        lines.append(f"{', '.join(names):<20}{text}".rstrip())
     return "\n".join(lines)
 
 
@@ -95,8 +90,14 @@ def samples(results):
     return "\n".join(lines)
 
 
+LEGEND = """\
+lost: the share of the possible gain in J = reward - beta KL that is missed. 0% is the best policy,
+100% the reference; more is worse than no training. judged: lost on the responses that the method
+learned from; unjudged: on all others, where nobody looked. held-out: prompts without feedback."""
+
+
 def report(results):
-    return "\n\n".join([table(results), samples(results)])
+    return "\n\n".join([table(results), LEGEND, samples(results)])
 
 
 # ---------------------------------------------------------------- pictures
@@ -252,6 +253,7 @@ def draw_claims(results, watched, folder):
     """Of results as train.py writes them, and of runs with a curve of masses."""
     picture(folder, PICTURES[0], draw_frontier, results, figsize=(8.5, 5))
     picture(folder, PICTURES[1], draw_regret, results, figsize=(8.5, 4.5))
+    picture(folder, PICTURES[3], lost_parts_dots, results, figsize=(7, 6))
     picture(folder, "masses.png", draw_masses, watched, figsize=(8.5, 3))
 
 

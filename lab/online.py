@@ -33,7 +33,7 @@ def reported(chosen):
     other = tuple((ppo | dict(divide=not ppo["divide"])).items())
     return [*(at(key, chosen[key], points=CURVES.get(key, 1)) for key in GRIDS),
             at(Run("una-online"), chosen[Run("una-online")], level=1.0),
-            at(Run("ppo"), other, points=2)]                     # the noise at both ends
+            at(Run("ppo"), other)]
 
 
 def settle(lab):

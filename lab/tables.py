@@ -302,7 +302,8 @@ def budget_tables(told):
             rows.append([f"{size // 2:,} pairs, {words}", ranged(model), ranged(judge),
                          number(median(more), "+.2g"), span(more, EXPLOITED)[1]])
 
-    ended = {name: [median(lost(runs)) for runs in of if runs] for name, of in (stored | on).items()}
+    ended = {name: [median(lost(runs)) for runs in of if runs]
+             for name, of in (stored | on).items()}
     estimated, learned = ended["una-score-estimated"], ended["una-score, from zero"]
     score, dpo, optimum = ended["una-score"], ended["dpo"], ended["optimum, train"]
     binary, bce = ended["una-binary-bce, from zero"], ended["una-binary-bce"]

@@ -1,11 +1,10 @@
 """What the campaigns train and measure beyond train.py: other f(x) + c, other losses beside ours,
-the gradient's noise, reward models and their optima, memory.
+reward models and their optima, memory.
 
 `entry` makes the result of one campaign.Run; all that it knows besides is what train.prepare made.
 """
 import copy
 import importlib.util
-import math
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -81,13 +80,12 @@ def entry(its, settings, prepared):
 def trained(its, settings, shared):
     """What a method reaches on the Worlds of shared: all figures, or with look "lost" that alone.
 
-    its.points are those of a learning curve. Of an online method it has the gradient's noise too.
+    its.points are those of a learning curve.
     """
     method, worlds, curve = method_of(its), shared.worlds, []
     beta, fresh = method.beta_multiple * settings.beta, method.feedback == "fresh"
     policy, batches, value, offsets = train.begin(method, settings, its.seed, shared,
                                                   given_offsets(its, shared, beta))
-    others = train.fresh_batches(policy, value, shared, settings.batch, its.seed + 10**6, its.level)
     judged = torch.zeros_like(worlds["train"].rewards, dtype=torch.bool)
     batches = exact.noting(batches, worlds["train"], judged)
 
@@ -99,8 +97,6 @@ def trained(its, settings, shared):
         told["train"]["mass"] = exact.masses(worlds["train"], logprobs)
         curve.append(train.point(step, seconds, told["train"], loss=loss,
                                  mass=told["train"]["mass"]))
-        if fresh and its.points > 1:
-            curve[-1]["gradient_noise"] = gradient_noise(method.loss, policy, others, beta)
 
     told, apart = {}, 32 ** (1 / max(1, its.points - 1))         # geometric, from steps / 32 on
     at = {max(1, round(its.steps / apart ** i)) for i in range(its.points)}
@@ -131,19 +127,6 @@ def trained(its, settings, shared):
     if fresh and shared.reward_model:
         told["reward_model"] = reward_model_report(shared, policy, its.seed)
     return told | dict(curve=curve, method_beta=beta)
-
-
-def gradient_noise(loss, policy, batches, beta):
-    """The gradient's variance over eight batches, summed over the parameters. Training never feels
-    that it was measured. FloatingPointError where it is not finite."""
-    parameters = [*policy.parameters()]
-    gradients = [torch.autograd.grad(loss(policy, next(batches), beta).mean(), parameters)
-                 for _ in range(8)]
-    flat = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])
-    noise = flat.var(0).sum().item()
-    if not math.isfinite(noise):
-        raise FloatingPointError(f"the gradient's noise is {noise}")
-    return noise
 
 
 def counting(loss):

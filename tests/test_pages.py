@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import data
 import train
 import una
-from lab import budget, claims, compare, doubts, figures, tables
+from lab import budget, compare, figures, online, stored, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
@@ -22,7 +22,7 @@ README, LAB, _, EQUATIONS, MAP = PAGES.values()
 BLOCKS = [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
           if not language]
 RAW = {name: json.loads((ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
-       for name in ("claims", "budget", "pairs", "kto", *compare.MACHINES)}
+       for name in ("stored", "online", "budget", *compare.MACHINES)}
 TABLES = tables.tables(compare.read(ROOT / "lab"))
 
 
@@ -44,7 +44,9 @@ def prose(page):
 
 # ---------------------------------------------------------------- made-up runs
 def run(method="dpo", seed=1, lost=0.25, kl=0.75, **more):
-    reached = dict(reward=1.5, kl=kl, objective=1.3125, lost=lost, optimum=1.5, frontier_reward=2.0)
+    reached = dict(reward=1.5, kl=kl, objective=1.3125, lost=lost, optimum=1.5)
+    if method not in ("reference", "optimum"):
+        reached |= dict(judged=0.1, unjudged=lost - 0.1)
     curve = [dict(seconds=float(i), regret=1 - i * (1 - lost) / 4) for i in range(5)]
     return dict(method=method, seed=seed, train=reached, heldout=reached | dict(lost=2 * lost),
                 curve=curve, seconds=4.0, loss=0.5, start_loss=0.75, samples={"a :": [" b"] * 3},
@@ -65,9 +67,10 @@ def results(*runs):
 def test_what_train_py_prints_has_medians_ranges_and_what_diverged():
     made = results(run(lost=0.25), run(seed=2, lost=0.75), run("kto"), diverged(2))
     lines = {line.split()[0]: line.split()[1:] for line in figures.table(made).splitlines()[1:]}
-    assert lines["dpo"] == "1.500 0.750 1.312 50.00% 100.00% 50.0% 4.0 25.00% to 75.00%".split()
-    assert lines["kto"][3:] == "25.00% 50.00% 50.0% 4.0 1 of 2 diverged".split()
-    assert lines["reference"][3:6] == ["100.00%", "200.00%", "-"]
+    assert lines["dpo"] == (
+        "1.500 0.750 1.312 50.00% 10.00% 40.00% 100.00% 4.0 25.00% to 75.00%".split())
+    assert lines["kto"][3:] == "25.00% 10.00% 15.00% 50.00% 4.0 1 of 2 diverged".split()
+    assert lines["reference"][3:6] == ["100.00%", "-", "-"]
     assert list(lines) == ["reference", "dpo", "kto", "optimum"]
     assert figures.line(diverged(2)).split(" | ")[2] == "diverged: the loss is nan"
     assert "lost 25.0%" in figures.line(run()) and "0.5000 (at start 0.7500)" in figures.line(run())
@@ -102,8 +105,8 @@ def test_numbers_ranges_and_what_is_needed():
     assert compare.needed(points, 0.2, 5 / 6) == "≤ 1,200 (≤ 1,000)"
     curve = [dict(seconds=0.0, regret=2.0), dict(seconds=2.0, regret=0.02)]
     assert compare.seconds([run(curve=curve)], 0.9) == [pytest.approx(1.0)]
-    grid = [dict(learning_rate=rate, beta_multiple=b) for rate in (1, 2, 3) for b in (1, 2, 4)]
-    assert compare.edges(grid, dict(learning_rate=2, beta_multiple=4)) == ["β"]
+    assert compare.correlation([1, 2, 9], [5.0, 6.0, 7.0]) == pytest.approx(1)
+    assert compare.correlation([1, 2, 3, 4], [0, 9, 5, 6]) == pytest.approx(0.4)   # 1 - 6 d² / 60
 
 
 # ---------------------------------------------------------------- the tables are the JSON files'
@@ -112,10 +115,11 @@ def percent(shares):
                                       in (100 * of(shares) for of in (median, min, max))))
 
 
-def lost(file, method, level=0.0, offset="zero", judged=76_800, split="train", **fields):
+def lost(file, method, offset="zero", level=0.0, judged=76_800, part="lost", split="train",
+         **fields):
     """What a method's runs lost, from the file itself."""
     fields |= dict(method=method, level=level, offset=offset, judged=judged, reward="judge")
-    found = [entry[split]["lost"] for entry in RAW[file]["runs"]
+    found = [entry[split][part] for entry in RAW[file]["runs"]
              if fields.items() <= (entry | entry["cell"]).items()]
     assert len(found) == 8
     return found
@@ -123,23 +127,27 @@ def lost(file, method, level=0.0, offset="zero", judged=76_800, split="train", *
 
 def test_a_sample_of_the_tables_cells_is_computed_anew():
     table = {name: {line[0]: line[1:] for line in cells(text)} for name, text in TABLES.items()}
-    for words, method, offset in (("una-score, Eq. 13: 0", "una-score", "zero"),
-                                  ("… learned: `una-score-learned`", "una-score", "learned")):
-        assert table["offsets"][words][:2] == [percent(lost("claims", method, level, offset))
-                                               for level in (0.0, 1.0)], words
-    assert table["offsets"]["… exact, β × 1"][0] == percent(lost(
-        "claims", "una-binary-bce", 0.0, "exact", beta_multiple=1))
-    assert table["sizes"]["`una-score-learned`"][0] == percent(lost(
-        "budget", "una-score", 1.0, "learned", 1200))
-    assert table["sizes"]["`una-mixed`"][2] == percent(lost("budget", "una-mixed", 1.0))
-    assert table["pairs_rules"]["the worst of eight"][2] == percent(
-        lost("pairs", "dpo", rule="worst"))
-    assert table["kto_runs"]["1"][2] == percent(lost("kto", "kto-without", 1.0))
+    for name, *what in (("kto", "kto"), ("una-mixed-estimated", "una-mixed", "estimated"),
+                        ("una-binary-learned", "una-binary-bce", "learned")):
+        assert table["stored"][f"`{name}`"][0] == percent(lost("stored", *what))
+        of = median(lost("stored", *what, part="judged"))
+        assert table["stored"][f"`{name}`"][2] == f"{100 * of:.2g} %"
+    for ramp, words in ((0, "at once"), (0.5, "by the path")):
+        assert table["paths"][f"… the exact β log Z(x), {words}"][:2] == [
+            percent(lost("stored", "una-binary-bce", "exact", level, ramp=ramp))
+            for level in (0.0, 1.0)]
+    assert table["paths"]["scores: 0, `una-score`"][1] == percent(
+        lost("stored", "una-score", level=1.0))
+    assert table["sizes"]["`una-score`, from zero"][0] == percent(
+        lost("budget", "una-score", "from zero", 1.0, 1200))
     assert table["models"]["600"][2] == percent([
         it["optimum"]["train"]["lost"] for it in RAW["budget"]["models"] if it["judged"] == 1200])
-    tuned = [row for row in RAW["claims"]["tuning"] if row["method"] == "una-mixed"]
+    tuned = [row for row in RAW["stored"]["tuning"] if row["method"] == "una-score"
+             and row["offset"] == "zero"]
     (best,) = [row["lost"] for row in tuned if row["best"]]
-    assert table["grids"]["`una-mixed`"][1::3] == [percent(best), str(len(tuned))]
+    assert table["stored_grids"]["`una-score`"][1::2] == [percent(best), str(len(tuned))]
+    assert len(best) == 8 and sum(best) == min(
+        sum(row["lost"]) for row in tuned if len(row["lost"]) == 8)
     gpu = next(entry for entry in RAW["default-h100"]["runs"] if entry["method"] == "kto")
     assert table["machines"]["`kto`"][2] == f"{100 * gpu['train']['lost']:.2f} %"
 
@@ -148,39 +156,19 @@ def test_the_pages_tables_are_what_fill_writes():
     assert compare.METHODS == tuple(train.METHODS)
     assert tables.filled(LAB, TABLES) == LAB
     assert sorted(re.findall(r"<!-- (?!end)(\w+) -->", LAB)) == sorted(TABLES)
-    assert tables.filled(LAB, dict(TABLES, kto_runs="| a |")) != LAB
+    assert tables.filled(LAB, dict(TABLES, masses="| a |")) != LAB
     assert tables.filled(LAB, {}) == LAB and tables.tables({}) == {}
-    for name, plan in (("", claims.PREDICTIONS), ("kto_", doubts.KTO_PREDICTIONS),
-                       ("budget_", budget.PREDICTIONS), ("pairs_", doubts.PAIRS_PREDICTIONS)):
-        assert [line[0] for line in cells(TABLES[f"{name}predictions"])[2:]] == [*plan.values()]
+    for name, plan in dict(stored=stored, online=online, budget=budget).items():
+        assert [line[0] for line in cells(TABLES[f"{name}_predictions"])[2:]] == [
+            *plan.PREDICTIONS.values()]
 
 
 def test_every_number_with_a_range_in_the_prose_is_a_cell():
     shown = r"−?[\d.]+ (?:% )?\(−?[\d.]+ to −?[\d.]+\)"
     there = set(re.findall(shown, "\n".join(re.findall(r"^\|.*$", LAB, re.M))))
-    for page, least in ((README, 1), (LAB, 30)):
+    for page, least in ((README, 0), (LAB, 10)):
         said = {*re.findall(shown, prose(page))}
         assert len(said) >= least and said <= there, said - there
-    assert {cell for line in rows(section("Results")) for cell in line[-2:]} <= there
-
-
-def test_the_directions_that_the_prose_names_are_those_of_the_runs():
-    def fewer(ours, theirs):
-        return sum(a < b for a, b in zip(ours, theirs))
-    mse, bce, score, kto, online, dpo = (lost("claims", name) for name in (
-        "una-binary-mse", "una-binary-bce", "una-score", "kto", "una-online", "dpo"))
-    assert fewer(mse, score) == fewer(bce, score) == 8           # reversed on all seeds
-    assert 4 <= fewer(mse, kto) < 8 and 4 <= fewer(bce, kto) < 8
-    held, flows = (lost("claims", "una-score", 0.0, offset) for offset in ("held", "residual"))
-    assert fewer(lost("claims", "una-binary-bce", 0.0, "learned"), bce) == fewer(flows, held) == 7
-    assert [sum(share > 1 for share in shares) for shares in (online, dpo)] == [1, 4]
-    for name, count in (("ppo", 23), ("una-online", 21)):
-        assert count == sum(model[name]["train"]["lost"] < model["optimum"]["train"]["lost"]
-                            for model in RAW["budget"]["models"])
-    for said, *what in (("5.8 %", "una-score", 0.0, "estimated"), ("65 %", "dpo"),
-                        ("49 %", "una-binary-bce", 1.0)):
-        share = median(lost("claims", *what, split="heldout"))
-        assert f"{100 * share:.2g} %" == said and said in prose(README)
 
 
 def test_pictures_are_drawn(tmp_path, monkeypatch):

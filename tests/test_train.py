@@ -169,9 +169,12 @@ def test_una_mixed_is_the_three_losses_with_every_item_weighing_the_same():
     for n, size in (1, 96), (4, 24), (80, 1):                    # one pass each
         losses = []
         for batch in first_batches(n, "mixed", size):
-            items = [loss(policy, data.take(feedback, batch.row[rows]), 0.25) for loss, rows in (
-                (train.una_pair, torch.cat([batch.chosen, batch.rejected])),
-                (train.una_binary_mse, batch.binary), (train.una_score, batch.scored)) if len(rows)]
+            batch.anchor = 0.3
+            items = [loss(policy, changed(data.take(feedback, batch.row[rows]), anchor=0.3), 0.25)
+                     for loss, rows in (
+                         (train.una_pair, torch.cat([batch.chosen, batch.rejected])),
+                         (train.una_binary_mse, batch.binary),
+                         (train.una_score, batch.scored)) if len(rows)]
             losses.append(train.una_mixed(policy, batch, 0.25))
             assert near(losses[-1], torch.cat(items)) and len(items) == (1 if size == 1 else 3)
         slopes.append(gradient_in(policy, torch.cat(losses).sum()))
@@ -256,7 +259,7 @@ def test_the_real_loop_reaches_the_closed_form_optimum_in_a_world_of_15_response
         (y[:, None] == responses).all(2).int().argmax(1)]
     for name, value in dict(ENCODING=SimpleNamespace(n_vocab=3), MAX_TOKENS=3, PROMPT_TOKENS=2,
                             EOT=2, TRAIN_PROMPTS=["", ""], encode_prompts=lambda texts: prompts,
-                            reward=reward).items():
+                            reward=reward, GRAMMAR=torch.arange(3)).items():
         monkeypatch.setattr(data, name, value)
     torch.manual_seed(0)
     reference = GPT(GPTConfig(3, 5, 1, 2, 16)).double().requires_grad_(False)
