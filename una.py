@@ -365,6 +365,56 @@ def kto_loss(policy, ref, label, policy_kl, ref_kl, beta,
     return torch.where(label.bool(), desirable, undesirable)
 
 
+# ---------------------------------------------------------------- the KL on samples
+# What stands for the KL in today's RLHF is one of three numbers for each sample of pi (Schulman
+# 2020). With x = pi_ref/pi, so that rho = -log x,
+#         k1 = rho,     k2 = rho^2 / 2,     k3 = x - 1 - log x.
+#     As numbers k1 and k3 have the mean KL(pi || pi_ref), since E x = sum_y pi_ref = 1, and k2 has
+#     it nearly. As losses, with the samples held fixed, their mean gradients are other matters:
+#         E grad k1 = E grad log pi = 0                                       no price at all,
+#         E grad k2 = E [ rho grad log pi ] = grad KL(pi || pi_ref)           the right one,
+#         E grad k3 = E [ (1 - x) grad log pi ] = -sum_y pi_ref grad log pi
+#                   = grad KL(pi_ref || pi)                                   the other KL.
+#     Eq. 7 has the gradient -2 beta (r_phi - b - beta rho) grad log pi. Divided by 2 beta that is
+#     the gradient of -(r_phi - b) log pi + beta k2: UNA's online loss is REINFORCE, with b for its
+#     baseline and k2 for its KL. RLOO has k1 in the reward, where it is a number: the same again.
+# Known: Liu et al. 2025, Rethinking KL Regularization in RLHF; Tang and Munos 2025.
+def kl_estimate(logprob, ref_logprob, k):
+    """k1, k2 or k3 (Schulman 2020): what a sample of pi says of KL(pi || pi_ref).
+
+    Log-probabilities (B,), nats, sums; k is 1, 2 or 3. Returns (B,), nats. ValueError if their
+    shapes differ and for another k.
+    """
+    _alike(logprob=logprob, ref_logprob=ref_logprob)
+    rho = logprob - ref_logprob
+    if k not in (1, 2, 3):
+        raise ValueError(f"k must be 1, 2 or 3, got {k!r}")
+    return rho if k == 1 else rho ** 2 / 2 if k == 2 else (-rho).exp() - 1 + rho
+
+
+# With k3 in the loss, as GRPO has it (Shao et al. 2024), what is climbed is
+#         E_{y~pi} r - beta KL(pi_ref || pi),     the sum of pi being 1.
+#     Its derivative in pi(y) is r + beta pi_ref/pi, the same number lambda(x) for all y. So
+#         pi(y|x) = beta pi_ref / (lambda(x) - r),
+#     which is not pi*: it falls off as 1/(lambda - r) and not exponentially. No pi(y) is above 1,
+#     so lambda >= max (r + beta pi_ref); and at lambda = max r + beta the sum is at most 1.
+def k3_optimal_policy(ref_logprobs, rewards, beta):
+    """The policy that maximises E r - beta KL(pi_ref || pi), where k3 in the loss leads.
+
+    ref_logprobs, rewards (..., Y) over every response. Returns its log-probabilities (..., Y), in
+    nats. ValueError unless beta > 0.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    low = (rewards + beta * ref_logprobs.exp()).amax(-1, keepdim=True)
+    high = rewards.amax(-1, keepdim=True) + beta
+    for _ in range(100):                                         # the sum falls as lambda grows
+        middle = (low + high) / 2
+        above = (beta * ref_logprobs.exp() / (middle - rewards)).sum(-1, keepdim=True) > 1
+        low, high = middle.where(above, low), high.where(above, middle)
+    return (beta * ref_logprobs.exp() / (high - rewards)).log()
+
+
 # ---------------------------------------------------------------- PPO, RLHF's usual optimiser
 # PPO (Schulman et al. 2017) climbs Eq. 3, as RLHF does. It is what UNA would replace, and shares no
 # equation with UNA's losses. A response is an episode, a token an action. The policy writes
