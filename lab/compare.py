@@ -17,7 +17,6 @@ METHODS = ("una-pair", "una-pair-anchored", "una-binary-mse", "una-binary-bce",
            "una-binary-learned", "una-score", "una-score-estimated", "una-score-learned",
            "una-reward-estimated", "una-mixed", "una-mixed-estimated", "dpo", "kto", "una-online",
            "una-online-score", "ppo")                                         # train.py's
-MACHINES = {"default": "here", "default-cpu": "another CPU", "default-h100": "NVIDIA H100"}
 # Words for: all differences below 0, all above 0, neither.
 VERDICTS = ("replicates", "does not: the reverse", "does not: no difference shown")
 ANSWERS = ("yes", "no: the reverse", "no difference shown")
@@ -34,7 +33,7 @@ def read(folder):
     so for "optimum", the model's own.
     """
     told = {}
-    for name in ("stored", "online", "budget", *MACHINES):
+    for name in ("stored", "online", "budget"):
         if (path := Path(folder, f"{name}.json")).exists():
             text = path.read_text(encoding="utf-8")
             told[name] = json.loads(text.replace("null", "Infinity"))   # lost by what diverged

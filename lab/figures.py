@@ -290,15 +290,15 @@ def medians(axes, x, lost, look, name, dash="-"):
 def draw_judgements(figure, learning):
     axes = figure.subplots()
     for i, (name, points) in enumerate(learning.items()):
-        dash = "--" if "learned" in name else "-" if name.endswith(("estimated", "fresh")) else ":"
+        dash = "--" if "from zero" in name else "-" if name.endswith(("estimated", "fresh")) else ":"
         judged, lost = zip(*points)
         medians(axes, np.array(judged) * 1.03 ** (i - 4), lost, LOOKS[i], name, dash)
     for goal in (0, *GOALS):
         axes.axhline(100 - 100 * goal, color="grey" if goal else "black", linewidth=0.7, zorder=0)
         axes.text(1.01, 100 - 100 * goal, f"{100 * goal:.0f} % gained" if goal else "the reference",
                   transform=axes.get_yaxis_transform(), fontsize=7, va="center")
-    label(axes, "One learned number a prompt is worth more than 64 times the scores\n"
-                "(f(x) + c: dotted 0, solid estimated or free, dashed learned; level 1)",
+    label(axes, "What is lost from few judgements and from many, at level 1\n(f(x) + c: dotted 0 "
+                "or cancelled, solid estimated or free, dashed learned from 0)",
           xscale="log", yscale="log", xlabel="judged responses", ylim=(0.02, 2000),
           ylabel="lost: percent of the possible gain")
     figure.legend(fontsize=8, loc="outside right")

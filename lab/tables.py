@@ -8,7 +8,6 @@ from statistics import median
 
 from lab import figures
 from lab.compare import (
-    MACHINES,
     METHODS,
     VERDICTS,
     at_most,
@@ -201,7 +200,7 @@ def claims_table(told):
                               ("scores that estimate it", "una-score-estimated")))]
 
 
-# ---------------------------------------------------------------- online.json, defaults
+# ---------------------------------------------------------------- online.json
 def online_tables(online):
     peaks = {(entry["method"], entry["reward"]): entry["bytes"] for entry in online["peak_memory"]}
     rows = [["method", "lost", "above 100 %", "seconds", "to 99 % of the gain", "state",
@@ -225,17 +224,6 @@ def online_tables(online):
         alike=(" ".join(signs), signs[1] == "both signs"),
         sooner=(f"{number(arrive[0])} s against {number(arrive[1])} s",
                 arrive[0] <= arrive[1] / 2 < math.inf)))
-
-
-def machines_table(told):
-    ran = [told[name]["runs"] for name in MACHINES]
-    took = [f"{sum(seconds(runs)):.0f} s, {told[name]['settings']['jobs']} at a time"
-            for name, runs in zip(MACHINES, ran)]
-    return [["lost", *MACHINES.values()], *(
-        [code(name), *(" ".join(f"{100 * share:.2f} %" for share in lost(pick(runs, method=name)))
-                       or "–" for runs in ran)]
-        for name in dict.fromkeys(run["method"] for run in sum(ran, []))),
-        ["seconds, summed", *took]]
 
 
 # ---------------------------------------------------------------- budget.json
@@ -325,7 +313,7 @@ def budget_tables(told):
 # ---------------------------------------------------------------- the page
 def tables(told):
     """{name: Markdown}, of the files that are there."""
-    made = dict(machines=machines_table(told)) if MACHINES.keys() <= told.keys() else {}
+    made = {}
     for needs, of in ((("stored",), lambda: stored_tables(told["stored"])),
                       (("online",), lambda: online_tables(told["online"])),
                       (("stored", "online"), lambda: dict(claims=claims_table(told))),
