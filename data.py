@@ -246,7 +246,8 @@ def thirds(count):
 
 
 def stored_batches(kind, feedback, size, seed):
-    """For ever: a batch of stored feedback of one kind, of `size` responses for every kind.
+    """For ever: a batch of stored feedback of one kind, of `size` responses for every kind. At the
+    first, ValueError where there is none.
 
     An item is one response, or two: (chosen, rejected). Of mixed feedback each response has one
     kind: a third of them its pairs, a third its labels, a third its scores.
@@ -257,6 +258,8 @@ def stored_batches(kind, feedback, size, seed):
     pairs_of_first_third = feedback.pairs[feedback.pairs[:, 1] < labels]
     items = dict(pairs=feedback.pairs, binary=rows, scores=rows,
                  mixed=torch.cat([pairs_of_first_third, rows[labels:].expand(-1, 2)]))[kind]
+    if not len(items):
+        raise ValueError(f"no pairs among {count} responses: in each both are the same")
     size = max(1, round(size * len(items) / count))
     for batch in shuffled(items, size, torch.Generator().manual_seed(seed)):
         if kind == "mixed":

@@ -56,7 +56,7 @@ def results(lab, title, runs):
     """The entries of Runs, in order: each a dictionary of the Run's fields and what was measured.
     """
     paths = {its: path_of(lab, its, ".json") for its in runs}
-    missing = sorted((its for its in paths if not os.path.exists(paths[its])), key=ground)
+    missing = sorted((its for its in paths if not is_whole(paths[its])), key=ground)
     run.say(f"{title}: {len(paths)} runs, {len(paths) - len(missing)} of them are there already")
     os.makedirs(os.path.join(lab.folder, "parts"), exist_ok=True)
     grounds = [its for its in dict.fromkeys(map(ground, missing))
@@ -68,6 +68,17 @@ def results(lab, title, runs):
         run.write_json(paths[its], entry)
         run.say(f"{title}, {n} of {len(missing)}: {its.method}, seed {its.seed}")
     return [json.loads(Path(paths[its]).read_text(encoding="utf-8")) for its in runs]
+
+
+def is_whole(path):
+    """Is there a part? One that is empty or half, as after a crash of the machine, is made anew."""
+    try:
+        return bool(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        run.say(f"{path} is half or empty: it is made anew")
+        return False
 
 
 def ground(its):

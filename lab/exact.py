@@ -125,6 +125,8 @@ class World:
         self.ref_logprobs = policy_logprobs(reference, self.prompts)
         self.optimum = una.optimal_policy(self.ref_logprobs, self.rewards, beta)[1]
         self.gain = self.optimum - expect(self.ref_logprobs, self.rewards)
+        if not self.gain.mean() > 1e-9:
+            raise ValueError("all responses have the same reward: no policy can gain anything")
         self.values, index = self.rewards.unique(return_inverse=True)
         mass = torch.zeros(len(self.prompts), len(self.values), dtype=torch.float64)
         self.value_logprobs = mass.scatter_add(1, index, self.ref_logprobs.exp()).log()

@@ -107,7 +107,7 @@ def timeless(told):
 
 
 def test_results_come_in_order_each_ground_is_prepared_once_and_nothing_is_made_twice(
-        tmp_path, made):
+        tmp_path, made, capsys):
     lab = LAB._replace(folder=str(tmp_path))
     told = campaign.results(lab, "all", RUNS)
     assert sorted(made.levels) == [0.0, 1.0] and sorted(made.runs) == sorted(RUNS)
@@ -120,6 +120,10 @@ def test_results_come_in_order_each_ground_is_prepared_once_and_nothing_is_made_
     Path(campaign.path_of(lab, campaign.ground(RUNS[1]), ".pt")).unlink()
     assert timeless(campaign.results(lab, "lost", RUNS)) == timeless(told)
     assert (made.levels, made.runs) == ([0.0], [RUNS[1]])
+    part, made.runs = campaign.path_of(lab, RUNS[2], ".json"), []
+    Path(part).write_text('{"method":', encoding="utf-8")        # half
+    assert timeless(campaign.results(lab, "half", RUNS)) == timeless(told)
+    assert made.runs == [RUNS[2]] and f"{part} is half or empty" in capsys.readouterr().err
 
 
 def test_a_result_is_named_by_all_that_it_depends_on():

@@ -213,3 +213,29 @@ def test_from_the_smallest_beta_to_the_largest_regret_is_a_number_and_the_gain_i
         if off:
             expected = variance(world.ref_logprobs, world.rewards) / (2 * beta)
             assert world.gain.mean().item() == pytest.approx(expected, rel=off)
+
+
+# ---------------------------------------------------------------- kinds of strings
+def test_each_string_is_of_one_kind_and_its_mass_is_counted_there(world):
+    masses = exact.masses(world, world.policy)
+    assert [*masses] == [*exact.KINDS] and sum(masses.values()) == pytest.approx(1)
+    tokens, _ = all_responses(data.ENCODING.n_vocab, data.MAX_TOKENS, data.EOT)
+    texts = {" bright warm wind": "right", " bright warm sea": "wrong noun", "": "no word",
+             " bright wind": "wrong word", " wind warm bright": "wrong word"}
+    for text, kind in texts.items():                             # the first prompt is of the wind
+        row = (tokens == data.encode_responses([text])[0]).all(1)
+        assert exact.KINDS[world.kinds[0][row].item()] == kind, text
+    cut = tokens[:, -1] != data.EOT
+    assert (world.kinds[:, cut] == exact.KINDS.index("no end")).all() and cut.sum() == 25**4
+    counted = [(world.kinds[0] == i).sum().item() for i in range(5)]
+    assert counted == [16**2, 3 * 16**2, 1, 25 + 25**2 + 25**3 - 4 * 16**2, 25**4]
+    for prompt in range(2):
+        of = world.policy[prompt].exp()[world.kinds[prompt] == 2]
+        assert of.item() == world.policy[prompt][0].exp().item()
+    assert masses["no word"] == pytest.approx(world.policy[:, 0].exp().mean().item())
+
+
+def test_a_reward_that_is_the_same_for_all_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(data, "reward", lambda prompts, responses: torch.ones(len(responses)))
+    with pytest.raises(ValueError, match="all responses have the same reward: no policy"):
+        exact.World(small().reference, data.TRAIN_PROMPTS[:1], 0.25)
