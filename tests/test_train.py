@@ -134,6 +134,8 @@ def test_stored_batches_deal_each_response_once_with_what_the_feedback_says_of_i
         assert not kinds or kinds == {("w", 0), ("l", 0), ("label", 1), ("score", 2)}    # thirds
     half = changed(feedback, pairs=feedback.pairs[:24])          # smaller, so that none is missing
     assert len(next(data.stored_batches("pairs", half, 24, 0)).row) == 12
+    with pytest.raises(ValueError, match="no pairs among 96 responses"):
+        next(data.stored_batches("pairs", changed(feedback, pairs=feedback.pairs[:0]), 24, 0))
     stream = data.shuffled(torch.arange(10), 3, torch.Generator().manual_seed(0))
     passes = [torch.cat([next(stream) for _ in range(3)]).tolist() for _ in range(2)]
     assert all(len({*one}) == 9 for one in passes) and passes[0] != passes[1]
@@ -162,6 +164,21 @@ def test_first_losses_are_what_theory_predicts():
         assert near(first, torch.full_like(first, expected), 1e-6), name
     assert near(train.una_score(reference, feedback, 0.25), (0.5 - feedback.scores) ** 2, 1e-6)
     assert near(train.una_reward(reference, feedback, 0.25), rewards ** 2, 1e-5)
+
+
+def test_eq10_the_anchor_adds_alpha_times_minus_the_mean_rho_of_both_responses_of_a_pair():
+    policy, anchored = moved(small().reference), train.METHODS["una-pair-anchored"]
+    batch = next(train.stored_batches(anchored._replace(anchor=0.3), small(), 96, 0,
+                                      torch.zeros(3)))
+    chosen, rejected = (train.logprob(policy, batch.tokens, batch.mask)
+                        - batch.ref_logprob).chunk(2)
+    pair = -torch.sigmoid(0.25 * (chosen - rejected)).log()
+    loss = anchored.loss(policy, batch, 0.25)
+    assert near(loss, pair - 0.3 * (chosen + rejected) / 2, 1e-5)
+    for wrong in (pair, pair - 0.3 * chosen, pair - 0.3 * 0.25 * (chosen + rejected) / 2,
+                  pair + 0.3 * (chosen + rejected) / 2):
+        assert not near(loss, wrong, 1e-2)
+    assert anchored.anchor > 0 == train.METHODS["una-pair"].anchor
 
 
 def test_una_mixed_is_the_three_losses_with_every_item_weighing_the_same():
