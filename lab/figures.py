@@ -290,7 +290,8 @@ def medians(axes, x, lost, look, name, dash="-"):
 def draw_judgements(figure, learning):
     axes = figure.subplots()
     for i, (name, points) in enumerate(learning.items()):
-        dash = "--" if "from zero" in name else "-" if name.endswith(("estimated", "fresh")) else ":"
+        free = name.endswith(("estimated", "fresh"))
+        dash = "--" if "from zero" in name else "-" if free else ":"
         judged, lost = zip(*points)
         medians(axes, np.array(judged) * 1.03 ** (i - 4), lost, LOOKS[i], name, dash)
     for goal in (0, *GOALS):

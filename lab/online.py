@@ -2,7 +2,7 @@
 
     python -m lab online                 goes on where it stopped; an hour and a half on two cores
 """
-from lab import campaign, run, variants
+from lab import campaign, run
 from lab.campaign import REPORTED_SEEDS, Run, at, results
 
 UNA_ONLINE = dict(learning_rate=(1e-3, 2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
@@ -42,5 +42,4 @@ def settle(lab):
     runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in reported(chosen)
                                            for seed in REPORTED_SEEDS])
     return dict(versions=run.versions(), flags=lab.flags, predictions=PREDICTIONS,
-                tuning=campaign.rows_of(lost, chosen), runs=runs,
-                peak_memory=variants.peak_memories(lab.flags))
+                tuning=campaign.rows_of(lost, chosen), runs=runs)

@@ -202,20 +202,16 @@ def claims_table(told):
 
 # ---------------------------------------------------------------- online.json
 def online_tables(online):
-    peaks = {(entry["method"], entry["reward"]): entry["bytes"] for entry in online["peak_memory"]}
-    rows = [["method", "lost", "above 100 %", "seconds", "to 99 % of the gain", "state",
-             "peak above the idle process"]]
+    rows = [["method", "lost", "above 100 %", "seconds", "to 99 % of the gain", "state"]]
     for name, reward, fields in (
             ("una-online", "judge", {}), ("una-online-score", "judge", {}), ("ppo", "judge", {}),
             ("ppo", "judge", dict(divide=True)), ("una-online", "model", {}),
             ("ppo", "model", {})):
         its = reported(online, name, reward=reward, **fields)
-        peak = None if fields else peaks.get((name, reward))
         more = ["reward model"] * (reward == "model") + ["advantages divided"] * bool(fields)
         rows.append([code(name, *more), shares(lost(its)), bad(lost(its)),
                      number(median(seconds(its))), number(median(seconds(its, 0.99))),
-                     f"{number(median(run['state_bytes'] for run in its) / 1e6)} MB",
-                     f"{number(peak / 1e6)} MB" if peak else "–"])
+                     f"{number(median(run['state_bytes'] for run in its) / 1e6)} MB"])
     ours, theirs = (reported(online, name) for name in ONLINE)
     arrive = [median(seconds(of, 0.99)) for of in (ours, theirs)]
     _, *signs = less(ours, theirs, ("", "", "both signs"))

@@ -1,22 +1,17 @@
 """What the campaigns train and measure beyond train.py: other f(x) + c, other losses beside ours,
-reward models and their optima, memory.
+reward models and their optima.
 
 `entry` makes the result of one campaign.Run; all that it knows besides is what train.prepare made.
 """
 import copy
-import importlib.util
-import multiprocessing
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from types import SimpleNamespace
 
 import torch
 
 import data
 import train
 import una
-from lab import exact, run
-from model import GPT, GPTConfig, ScalarGPT, sample
+from lab import exact
+from model import sample
 
 
 # ---------------------------------------------------------------- losses
@@ -220,48 +215,3 @@ def reward_model_report(shared, policy, seed):
     return dict(accuracy=(model_gap * judge_gap > 0)[differ].float().mean().item(),
                 model_gain=(by_model[1].mean() - by_model[0].mean()).item(),
                 judge_gain=(by_judge[1].mean() - by_judge[0].mean()).item())
-
-
-# ---------------------------------------------------------------- memory
-def peak_memory(settings, name):
-    """Bytes by which 20 steps of a method raise the peak of this, a fresh, process; on a GPU: the
-    GPU's peak."""
-    import resource  # Unix alone
-
-    method = train.METHODS[name]
-    config = GPTConfig(data.ENCODING.n_vocab, data.BLOCK_SIZE, settings.n_layer, settings.n_head,
-                       settings.n_embd)
-    reference = GPT(config).to(settings.device).requires_grad_(False)
-    shared = SimpleNamespace(reference=reference, reward_model=None,
-                             feedback=train.collect_feedback(settings, 0, reference))
-    if settings.reward == "model":
-        shared.reward_model = ScalarGPT(reference).to(settings.device).requires_grad_(False)
-    first = GPT(config).to(settings.device)                      # torch loads parts of itself here
-    train.descend(torch.optim.Adam(first.parameters(), fused=True),
-                  first(shared.feedback.tokens[:1]).mean(), 1e-3, 1, 1)
-
-    def peak():
-        if settings.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    before = 0 if settings.device == "cuda" else peak()
-    policy, batches, value, offsets = train.begin(method, settings, 0, shared)
-    train.align(method, policy, batches, method.beta_multiple * settings.beta, 20, value, offsets)
-    return dict(method=name, reward=settings.reward, bytes=peak() - before)
-
-
-def peak_memories(flags):
-    """Of every method, one after the other, each in a process of its own; none where no process
-    can tell its peak."""
-    if importlib.util.find_spec("resource") is None:
-        run.say("peak memory: not measured, as this system does not tell a process its peak")
-        return []
-    entries = []
-    for reward, names in (("judge", train.METHODS), ("model", ("una-online", "ppo"))):
-        for name in names:
-            settings = train.parse([*flags, "--judged", "192", "--reward", reward, "--out", ""])
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                entries.append(pool.submit(peak_memory, settings, name).result())
-    return entries

@@ -548,13 +548,3 @@ def test_online_runs_on_a_prepared_reward_model_are_rewarded_by_it_and_say_how_g
     assert 0 <= by_model["reward_model"]["accuracy"] <= 1
     assert by_model["state_bytes"] - by_judge["state_bytes"] == train.size_in_bytes(
         shared(reward="model").reward_model.parameters())
-
-
-# ---------------------------------------------------------------- memory
-def test_peak_memory_is_measured_of_every_method_or_left_out_with_a_word(monkeypatch, capsys):
-    pytest.importorskip("resource")
-    told = variants.peak_memory(campaign.settings_of(LAB, short("kto", judged=192)), "kto")
-    assert (told["method"], told["reward"]) == ("kto", "judge") and 0 <= told["bytes"] < 1e9
-    monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: None)
-    assert variants.peak_memories(LAB.flags) == []
-    assert "peak memory: not measured" in capsys.readouterr().err
