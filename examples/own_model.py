@@ -384,10 +384,13 @@ def parse(arguments):
     """Settings and TrainingArguments."""
     parser = transformers.HfArgumentParser([Settings, Training], allow_abbrev=False)
     parser.error = stop
-    parser.set_defaults(logging_steps=10)
+    parser.set_defaults(logging_steps=10, per_device_eval_batch_size=None)
     with reading("flags"):
         settings, training = parser.parse_args_into_dataclasses(
             arguments, look_for_args_file=False)
+        # What fits in memory with gradients fits without: the Trainer's own 8 may not.
+        training.per_device_eval_batch_size = (
+            training.per_device_eval_batch_size or training.per_device_train_batch_size)
         args = transformers.TrainingArguments(
             **vars(training), remove_unused_columns=False, logging_nan_inf_filter=False)
     if not (0 < settings.beta < math.inf and 0 <= settings.heldout < 1 < settings.max_length):

@@ -257,21 +257,24 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_one_that_was_not_broken(folder,
 
 # ---------------------------------------------------------------- the reference
 def test_the_reference_is_the_models_own_and_stays_beside_the_data(folder, tmp_path, monkeypatch):
-    """One pass computes it, one compares it, then come two epochs, and the end measures one."""
+    """One pass computes it, one compares it, then come two epochs, and the end measures one item.
+    None of them takes more items at a time than training does."""
     outcome, seen = own_model.outcome, []
     monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
         seen.append((batch, torch.is_grad_enabled())) or outcome(model, batch, *how)))
     rows, model = feedback(6), loaded(folder)
     run(folder, rows, tmp_path / "out", "--heldout", "0", "--num_train_epochs", "2",
-        "--save_strategy", "epoch")
-    assert [gradients for _, gradients in seen] == [False, False, True, True, False]
-    epochs = [batch["id"].tolist() for batch, _ in seen[2:4]]
+        "--save_strategy", "epoch", "--per_device_train_batch_size", "4")
+    assert [gradients for _, gradients in seen] == [False] * 4 + [True] * 4 + [False]
+    given = [batch["id"].tolist() for batch, _ in seen]
+    assert [*map(len, given)] == [4, 2, 4, 2, 4, 4, 4, 4, 1]
+    epochs = given[4] + given[5], given[6] + given[7]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [-1, -1, *range(6)] and epochs[0] != epochs[1]
-    assert (tmp_path / "out/checkpoint-2").is_dir()
+    assert (tmp_path / "out/checkpoint-4").is_dir()
     with torch.no_grad():
         expected = [[float(plain_logprob(model, ids(row["prompt"]), y)) for y in completions(row)]
                     for row in rows]
-    for batch, _ in seen[1:]:
+    for batch, _ in seen[2:]:
         for number, logprob in zip(batch["id"].tolist(), batch["ref_logprob"].tolist()):
             known = expected[0 if number == own_model.COPY else number]
             assert logprob == pytest.approx(known + [0.0] * (2 - len(known)), abs=1e-5)
