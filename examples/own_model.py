@@ -48,7 +48,8 @@ class Settings:
     model: str                                          # a folder or a name, for from_pretrained
     data: str                                           # feedback, JSONL
     beta: float = 0.1                                   # the price of a nat of KL
-    offset: Literal["zero", "estimated"] = "zero"       # f(x) + c of Eq. 6
+    offset: Literal["zero", "estimated", "ramped"] = "zero"     # f(x) + c of Eq. 6
+    anchor: float = 0.0                                 # times mean(-log pi) of a pair's two sides
     g: Literal["mse", "bce"] = "mse"                    # the error of labels and scores
     heldout: float = 0.1                                # share of prompts that are only measured
     lora: int = 0                                       # rank; 0 trains all weights
@@ -186,7 +187,7 @@ def item_of(row, where, tokenizer, vocabulary, max_length, counts):
         counts["pairs dropped: identical completions"] += 1
         return None
     return dict(whole_prompt=tuple(alone), prompt=start, completions=completions, kind=kind,
-                given=given, offset=0.0, ref_logprob=[0.0, 0.0])
+                given=given, first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0])
 
 
 def read(path, tokenizer, vocabulary, max_length):
@@ -205,9 +206,10 @@ def read(path, tokenizer, vocabulary, max_length):
     return items, counts
 
 
-def estimate_offsets(items, beta, counts, least=1e-4, few=8):
+def estimate_offsets(items, beta, counts, ramped, least=1e-4, few=8):
     """f(x) + c = beta log Z(x) of each prompt, from its n scores: from max r - beta log n to max r.
-    Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999."""
+    Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999. A ramp begins at the mean
+    r: there the residuals' mean is 0, and no prompt's responses are all pushed one way."""
     scores, offsets = {item["whole_prompt"]: [] for item in items}, {}
     for item in items:
         if item["kind"] == SCORE:
@@ -217,11 +219,12 @@ def estimate_offsets(items, beta, counts, least=1e-4, few=8):
             counts["prompts with fewer than 2 scores: f(x) + c is 0"] += 1
             continue
         rewards = torch.tensor(given, dtype=torch.float64).logit(least)
-        offsets[prompt] = una.estimated_offset(rewards, beta).item()
+        offset = una.estimated_offset(rewards, beta).item()
+        offsets[prompt] = rewards.mean().item() if ramped else offset, offset
         if len(given) < few:
             counts[f"prompts with fewer than {few} scores: f(x) + c is a guess"] += 1
     for item in items:
-        item["offset"] = offsets.get(item["whole_prompt"], 0.0)
+        item["first_offset"], item["offset"] = offsets.get(item["whole_prompt"], (0.0, 0.0))
 
 
 def split(items, share):
@@ -245,16 +248,19 @@ def collate(items):
     start = torch.tensor([[len(x)] for x, y in rows])
     end = torch.tensor([[len(x) + len(y)] for x, y in rows])
     place = torch.arange(tokens.shape[1])
-    names = ("id", "kind", "given", "offset", "ref_logprob")
+    names = ("id", "kind", "given", "first_offset", "offset", "ref_logprob")
     return dict({name: torch.tensor([item[name] for item in items]) for name in names},
                 input_ids=tokens, attention_mask=(place < end).long(),
                 response_mask=(place >= start) & (place < end))
 
 
-def outcome(model, batch, beta, g):
+def outcome(model, batch, beta, g, anchor):
     """Per item: loss (B,); rho and reward (B, 2), of its first and, in a pair, second completion.
 
     The first completion of a pair is the chosen one. Where there is no second one, rho is 0.
+    A pair's loss falls as well if both become unlikely, and other responses likely that nobody
+    judged. The anchor holds them: where pi_ref wrote them, the mean of -log pi is KL(pi_ref || pi)
+    and a constant, pi_ref's entropy.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     of_rows = una.sequence_logprob(logits, batch["input_ids"], batch["response_mask"])
@@ -266,7 +272,7 @@ def outcome(model, batch, beta, g):
     reward = una.implicit_reward(logprob, ref_logprob, beta, batch["offset"][:, None])
     chosen, rejected = reward[pair, 0], reward[pair, 1]
     loss = torch.zeros_like(given)
-    loss[pair] = una.una_pair_loss(chosen, rejected)
+    loss[pair] = una.una_pair_loss(chosen, rejected) - anchor * logprob[pair].mean(1)
     loss[label] = una.una_binary_loss(reward[label, 0], given[label], g)
     loss[score] = una.una_score_loss(reward[score, 0], given[score], g)
     return dict(id=batch["id"], kind=kind, given=given, loss=loss, rho=logprob - ref_logprob,
@@ -281,7 +287,8 @@ def joined(parts):
 def measure(facts):
     """{name: mean} of outcomes, as far as there are any. What has the label 1 or 0 is chosen or
     rejected too. kl_ref_policy, the mean of -rho, estimates KL(pi_ref || pi) where the reference
-    wrote the completions: without bias on held-out prompts, and at times below 0."""
+    wrote the completions: without bias on held-out prompts, and at times below 0. Far above 0 it
+    is a warning: probability has left what was judged."""
     kind, given, loss, rho = (facts[name] for name in ("kind", "given", "loss", "rho"))
     pair, label, score = kind == PAIR, kind == LABEL, kind == SCORE
     first, second = facts["reward"].unbind(1)
@@ -323,7 +330,7 @@ class UNATrainer(transformers.Trainer):
 
     def __init__(self, settings, **options):
         super().__init__(data_collator=collate, **options)
-        self.how = settings.beta, settings.g
+        self.how = settings.beta, settings.g, settings.anchor
         self.seen = []                  # the outcomes since the last log
 
     def get_train_dataloader(self):
@@ -339,7 +346,10 @@ class UNATrainer(transformers.Trainer):
         return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        facts = outcome(model, inputs, *self.how)
+        # f(x) + c is where it ends from the first half of the steps on.
+        share = min(1.0, 2 * self.state.global_step / self.state.max_steps)
+        offset = torch.lerp(inputs["first_offset"], inputs["offset"], share)
+        facts = outcome(model, inputs | dict(offset=offset), *self.how)
         real = facts["id"] != COPY
         facts = {name: part[real] for name, part in facts.items()}
         self.seen.append(joined([facts]))
@@ -393,8 +403,9 @@ def parse(arguments):
             training.per_device_eval_batch_size or training.per_device_train_batch_size)
         args = transformers.TrainingArguments(
             **vars(training), remove_unused_columns=False, logging_nan_inf_filter=False)
-    if not (0 < settings.beta < math.inf and 0 <= settings.heldout < 1 < settings.max_length):
-        stop("must be: --beta > 0, 0 <= --heldout < 1, --max_length > 1")
+    if not (0 < settings.beta < math.inf and 0 <= settings.heldout < 1 < settings.max_length
+            and 0 <= settings.anchor < math.inf):
+        stop("must be: --beta > 0, 0 <= --heldout < 1, --max_length > 1, --anchor >= 0")
     checkpoint = args.resume_from_checkpoint
     if checkpoint and not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):
         stop(f"--resume_from_checkpoint {checkpoint}: there is no checkpoint")
@@ -458,8 +469,8 @@ def main(arguments=None):
     room = min(settings.max_length, getattr(config, "max_position_embeddings", math.inf))
     with reading(f"--data {settings.data}"):
         items, counts = read(settings.data, tokenizer, config.vocab_size, room)
-    if settings.offset == "estimated":
-        estimate_offsets(items, settings.beta, counts)
+    if settings.offset != "zero":
+        estimate_offsets(items, settings.beta, counts, settings.offset == "ramped")
     train, held = split(items, settings.heldout)
     with reading(f"--model {settings.model}"):
         model = load_model(settings, config, args.seed)

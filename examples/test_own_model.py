@@ -117,7 +117,7 @@ def completions(row):
     return [ids(row[name]) + [1] for name in ("chosen", "rejected", "completion") if name in row]
 
 
-def written_out(policy, reference, rows, beta, g):
+def written_out(policy, reference, rows, beta, g, anchor=0.0):
     """Loss and rewards of each row, by the equations' formulas."""
     losses, rewards = [], []
     for row in rows:
@@ -126,7 +126,7 @@ def written_out(policy, reference, rows, beta, g):
         reward = [beta * (p - ref.detach()) for p, ref in zip(*logprobs)]
         s, given = torch.sigmoid(reward[0]), float(row.get("label", row.get("score", 0)))
         if "chosen" in row:
-            loss = torch.log(1 + torch.exp(reward[1] - reward[0]))
+            loss = torch.log(1 + torch.exp(reward[1] - reward[0])) - anchor * sum(logprobs[0]) / 2
         elif g == "mse":
             loss = (s - given) ** 2
         else:
@@ -151,21 +151,43 @@ def farthest(a, b):
 
 
 # ---------------------------------------------------------------- losses, gradients, steps
-@pytest.mark.parametrize("batch, micro_batches, g, more", [
-    (7, 1, "mse", []), (2, 4, "bce", []), (3, 3, "mse", ["--activation_checkpointing", "True"])])
+@pytest.mark.parametrize("batch, micro_batches, g, anchor, more", [
+    (7, 1, "mse", 0.05, []), (2, 4, "bce", 0, []),
+    (3, 3, "mse", 0, ["--activation_checkpointing", "True"])])
 def test_a_step_is_the_gradient_of_the_mean_over_all_items_however_they_are_cut(
-        folder, tmp_path, batch, micro_batches, g, more):
+        folder, tmp_path, batch, micro_batches, g, anchor, more):
     rows = feedback(7)
     run(folder, rows, tmp_path / "out", "--heldout", "0", "--max_steps", "1", "--g", g,
         "--learning_rate", "1", "--per_device_train_batch_size", str(batch),
-        "--gradient_accumulation_steps", str(micro_batches), *more)
+        "--gradient_accumulation_steps", str(micro_batches), "--anchor", str(anchor), *more)
     policy, start, trained = loaded(folder), weights(folder), weights(tmp_path / "out")
-    losses, _ = written_out(policy, loaded(folder), rows, 0.1, g)
-    (sum(losses) / 7).backward()
-    for name, parameter in policy.named_parameters():
-        step = start[name] - trained[name]
-        torch.testing.assert_close(step, parameter.grad, rtol=1e-4, atol=2e-6)
+
+    def farthest_step(anchor):
+        """How far a step is from the gradient with this anchor."""
+        losses, _ = written_out(policy, loaded(folder), rows, 0.1, g, anchor)
+        policy.zero_grad()
+        (sum(losses) / 7).backward()
+        return max(((start[name] - trained[name] - weight.grad).abs() - 1e-4 * weight.grad.abs())
+                   .max() for name, weight in policy.named_parameters())
+
+    assert farthest_step(anchor) < 2e-6 and farthest_step(anchor + 0.05) > 0.01
     assert max(p.grad.abs().max() for p in policy.parameters()) > 0.01
+
+
+def test_the_anchors_mean_over_the_references_responses_has_the_gradient_of_kl_ref_policy():
+    """All responses of one token, each in a pair with itself: such a pair's own loss is log 2."""
+    policy, words = a_model().eval(), range(len(WORDS))
+    reference = torch.softmax(torch.linspace(-2, 2, len(WORDS)), 0)
+    batch = own_model.collate([
+        dict(id=y, kind=own_model.PAIR, prompt=(5, 6), completions=[[y], [y]], given=1.0,
+             first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0]) for y in words])
+    loss = own_model.outcome(policy, batch, 0.1, "mse", anchor=0.3)["loss"] @ reference
+    logprobs = torch.log_softmax(policy(torch.tensor([[5, 6]])).logits[0, -1], -1)
+    kl = 0.3 * (reference * (reference.log() - logprobs)).sum()
+    the_other = 0.3 * (logprobs.exp() * (logprobs - reference.log())).sum()
+    gradient, expected, other = (torch.cat([part.flatten() for part in torch.autograd.grad(
+        of, policy.parameters(), retain_graph=True)]) for of in (loss, kl, the_other))
+    assert (gradient - expected).abs().max() < 1e-5 and (gradient - other).abs().max() > 0.01
 
 
 def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop(folder, tmp_path):
@@ -446,7 +468,8 @@ def test_what_is_too_long_is_cut_and_pairs_of_equal_completions_are_dropped(fold
     assert run(folder, rows, tmp_path / "out", "--max_steps", "1")["counts"]["prompts cut"] == 2
 
 
-def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(folder, tmp_path):
+def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(
+        folder, tmp_path, monkeypatch):
     rows = [dict(prompt="a b ", completion=y, score=s) for y, s in zip("cde", (0.2, 0.9, 1.0))]
     rows += [dict(prompt="a b ", completion="f", label=True), dict(prompt="c ", completion="d",
              score=0.3), dict(prompt="a b ", chosen="g", rejected="h")]
@@ -455,16 +478,26 @@ def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(folder,
     expected = {"a b ": 0.5 * math.log(sum(odds) / 3), "c ": 0.0, "e ": 0.0}
     items, _ = items_of(rows, tmp_path)
     counts = Counter()
-    own_model.estimate_offsets(items, 0.5, counts)
-    assert [item["offset"] for item in items] == pytest.approx(
-        [expected[row["prompt"]] for row in rows])
+    own_model.estimate_offsets(items, 0.5, counts, ramped=False)
+    for name in "offset", "first_offset":
+        assert [item[name] for item in items] == pytest.approx(
+            [expected[row["prompt"]] for row in rows])
     assert counts == {"prompts with fewer than 2 scores: f(x) + c is 0": 1,
                       "prompts with fewer than 8 scores: f(x) + c is a guess": 1}
     rows = [dict(row, prompt=x) for x in ("a b ", "c ") for row in rows[:4]]     # one is held out
-    results = run(folder, rows, tmp_path / "out", "--offset", "estimated", "--beta", "0.5",
-                  "--heldout", "0.5", "--max_steps", "1")
-    assert results["before"]["reward_chosen"] == pytest.approx(expected["a b "], rel=1e-6)
-    assert results["before"]["kl_ref_policy"] == 0
+    outcome, seen = own_model.outcome, []
+    monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
+        seen.extend(batch["offset"].unique().tolist() if torch.is_grad_enabled() else [])
+        or outcome(model, batch, *how)))
+    last, mean = expected["a b "], sum(math.log(each) for each in odds) / 2 / 3
+    for how, path in ("estimated", [last] * 6), ("ramped", [
+            mean, mean + (last - mean) / 3, mean + (last - mean) * 2 / 3, last, last, last]):
+        seen.clear()
+        results = run(folder, rows, tmp_path / "out", "--offset", how, "--beta", "0.5",
+                      "--heldout", "0.5", "--max_steps", "6")
+        assert results["before"]["reward_chosen"] == pytest.approx(last, rel=1e-6)
+        assert results["before"]["kl_ref_policy"] == 0
+        assert seen == pytest.approx(path, rel=1e-5) and last - mean > 0.1
 
 
 def test_held_out_prompts_are_not_trained_on_and_do_not_depend_on_the_order(tmp_path):
@@ -548,6 +581,7 @@ def test_other_bad_input_is_one_line_too(folder, tmp_path, capsys):
             ({"--model": saved(tmp_path / "bert", bert, a_tokenizer())}, "not causal"),
             ({"--offset": "learned"}, "--offset: invalid choice: 'learned'"),
             ({"--beta": "0"}, "--beta > 0"), ({"--beta": "nan"}, "--beta > 0"),
+            ({"--anchor": "-1"}, "--anchor >= 0"), ({"--anchor": "inf"}, "--anchor >= 0"),
             ({"--heldout": "1"}, "--heldout < 1"), ({"--max_length": "1"}, "--max_length > 1"),
             ({"--learning_rate": "fast"}, "--learning_rate.*fast"), ({"--batch": "1"}, "--batch"),
             *(({flag: "1"}, flag) for flag in (
