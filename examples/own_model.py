@@ -11,9 +11,11 @@ the saved config too.
 Feedback is one JSON object a line, with TRL's field names, in any mixture: prompt, and chosen and
 rejected (Eq. 10), or completion and label (Eq. 11, 12; true, false, 1 or 0), or completion and
 score (Eq. 13; 0 to 1). Texts are strings, or messages for the tokenizer's chat template (one for a
-completion), or lists of token ids. Prompt and completion are encoded apart. A completion ends with
-its first end-of-text, which is appended if there is none; but ids are taken as they are. Of what is
-too long, a prompt keeps its last max_length / 2 tokens, a completion the first that then have room.
+completion), or lists of token ids. Prompt and completion are encoded as one text, a completion's
+space in front included: its tokens are those behind what the prompt alone has too. It ends with its
+first end-of-text, which is appended to strings without one; a chat template ends its turns itself,
+and ids are taken as they are. Where both are too long, a prompt keeps its last max_length / 2
+tokens, or as many as the longest completion leaves, a completion the first that then have room.
 
 The reference is the model as it was: its log-probabilities are computed once, before training.
 Computed once more, all must give rho = log pi - log pi_ref = 0 exactly, or the run ends. In batches
@@ -46,7 +48,8 @@ class Settings:
     model: str                                          # a folder or a name, for from_pretrained
     data: str                                           # feedback, JSONL
     beta: float = 0.1                                   # the price of a nat of KL
-    offset: Literal["zero", "estimated"] = "zero"       # f(x) + c of Eq. 6
+    offset: Literal["zero", "estimated", "ramped"] = "zero"     # f(x) + c of Eq. 6
+    anchor: float = 0.0                                 # times mean(-log pi) of a pair's two sides
     g: Literal["mse", "bce"] = "mse"                    # the error of labels and scores
     heldout: float = 0.1                                # share of prompts that are only measured
     lora: int = 0                                       # rank; 0 trains all weights
@@ -92,76 +95,99 @@ COPY = -1                               # the id of an item that only fills up a
 
 
 def judgement(row):
-    """A line's kind, its completions, and its label or score (1 for a pair, which has none)."""
+    """A line's kind, its completions' fields, its label or score (1 for a pair: it has none)."""
     given = {name for name in FIELDS if row.get(name) is not None}
     if given == {"prompt", "chosen", "rejected"}:
-        return PAIR, [row["chosen"], row["rejected"]], 1.0
+        return PAIR, ("chosen", "rejected"), 1.0
     if given == {"prompt", "completion", "label"}:
         if row["label"] not in (0, 1):
-            raise ValueError("the label is not true, false, 1 or 0")
-        return LABEL, [row["completion"]], float(row["label"])
+            raise ValueError(f"label: {row['label']!r} is not true, false, 1 or 0")
+        return LABEL, ("completion",), float(row["label"])
     if given == {"prompt", "completion", "score"}:
         if type(row["score"]) not in (int, float) or not 0 <= row["score"] <= 1:
-            raise ValueError("the score is not a number from 0 to 1")
-        return SCORE, [row["completion"]], float(row["score"])
+            raise ValueError(f"score: {row['score']!r} is not a number from 0 to 1")
+        return SCORE, ("completion",), float(row["score"])
     raise ValueError("a line has prompt and either chosen, rejected or completion, label or "
                      "completion, score")
 
 
-def encode_prompt(text, tokenizer):
-    """The tokenizer may open a prompt with begin-of-text, but must not close it: it goes on."""
-    ids = tokenizer.encode(text)
-    bare = tokenizer.encode(text, add_special_tokens=False)
-    closed = ids[-len(bare) - 1:] == bare + [tokenizer.eos_token_id]
-    return ids[:-1] if closed else ids
+def form(text):
+    """str; or int or dict, for a list of token ids or of messages."""
+    if isinstance(text, str):
+        return str
+    kinds = {type(part) for part in text} if isinstance(text, list) else set()
+    if kinds not in ({int}, {dict}):
+        raise ValueError(f"{str(text)[:60]!r} is no string, list of messages or list of token ids")
+    return kinds.pop()
 
 
-def chat_texts(prompt, answer, tokenizer):
-    """What the chat template makes of the prompt, and what it adds for the answer."""
-    if len(answer) != 1 or not all(isinstance(message, dict) for message in [*prompt, *answer]):
+def encode_string(text, tokenizer):
+    """The tokenizer may open a text, with begin-of-text, unless it begins so already, but must not
+    close it: a prompt goes on, and a completion is closed later, where it has no end."""
+    bare, ids = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    if ids[-len(bare) - 1:] == bare + [tokenizer.eos_token_id]:
+        ids = ids[:-1]
+    opening = ids[:len(ids) - len(bare)]
+    return bare if bare[:len(opening)] == opening else ids
+
+
+def encode(text, tokenizer, answered):
+    """Token ids of a prompt or, if it is answered, of prompt and completion."""
+    if form(text) is int:
+        return text
+    if form(text) is str:
+        return encode_string(text, tokenizer)
+    text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=not answered)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_answered(prompt, completion, tokenizer):
+    """Token ids of both, as one text."""
+    of = form(completion)
+    if of is not form(prompt) or of is dict and len(completion) > 1:
         raise ValueError("prompt and completion are not both strings, messages or token ids")
-    if not answer[0]["content"]:
-        raise ValueError("an empty completion")
-    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
-    if not whole.startswith(start):
-        raise ValueError("the chat template begins a prompt otherwise once it is answered")
-    return start, whole[len(start):]
+    if not completion or of is dict and not completion[0].get("content"):
+        raise ValueError("it is empty")
+    return encode(prompt + completion, tokenizer, True)
 
 
-def encode(prompt, completion, tokenizer):
-    """Token ids of both."""
-    if not completion:
-        raise ValueError("an empty completion")
-    if all(type(token) is int for token in [*prompt, *completion]):
-        return prompt, completion
-    if isinstance(prompt, str) and isinstance(completion, str):
-        prompt_ids = encode_prompt(prompt, tokenizer)
-    else:
-        prompt, completion = chat_texts(prompt, completion, tokenizer)
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    ids = tokenizer.encode(completion, add_special_tokens=False) + [tokenizer.eos_token_id]
-    return prompt_ids, ids[:ids.index(tokenizer.eos_token_id) + 1]
+def item_of(row, where, tokenizer, vocabulary, max_length, counts):
+    """What a line becomes; None for a pair of identical completions. A bad one ends the run.
 
-
-def item_of(row, tokenizer, vocabulary, max_length, counts):
-    """What a line becomes; None for a pair of identical completions. ValueError if it is bad."""
-    kind, texts, given = judgement(row)
-    encoded = [encode(row["prompt"], text, tokenizer) for text in texts]
-    whole = encoded[0][0]
-    prompt = tuple(whole[-(max_length // 2):])
-    completions = [ids[:max_length - len(prompt)] for _, ids in encoded]
-    if not prompt:
-        raise ValueError("a prompt without a token")
-    if not all(0 <= token < vocabulary for ids in (prompt, *completions) for token in ids):
-        raise ValueError(f"a token that is not below {vocabulary}")
-    counts["prompts cut"] += len(prompt) < len(whole)
-    counts["completions cut"] += sum(len(a) < len(b) for a, (_, b) in zip(completions, encoded))
+    A token may reach across the prompt's end, as " b" does in "a " + "b": it is the completion's.
+    So the text has the tokens that it has as a whole, and both sides of a pair have one prompt.
+    """
+    kind, names, given = judgement(row)
+    prompt, end = row["prompt"], tokenizer.eos_token_id
+    with reading(f"{where}: prompt"):
+        alone, wholes = encode(prompt, tokenizer, False), []
+    for name in names:
+        with reading(f"{where}: {name}"):
+            wholes.append(encode_answered(prompt, row[name], tokenizer))
+    asked = os.path.commonprefix([alone, *wholes])
+    answers = [whole[len(asked):] for whole in wholes]
+    if form(prompt) is str:
+        answers = [ids + [end] for ids in answers]
+    if form(prompt) is not int:
+        answers = [ids[:[*ids, end].index(end) + 1] for ids in answers]
+    for name, ids in zip(("prompt", *names), (asked, *answers)):
+        if not ids:
+            raise ValueError(f"{name}: it has no token of its own")
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"{name}: the token {token} is not from 0 to {vocabulary - 1}")
+    room = max(max_length - max(map(len, answers)), max_length // 2)
+    start = tuple(asked[-room:])
+    completions = [ids[:max_length - len(start)] for ids in answers]
+    counts["prompts that end in other tokens once answered: these are the completion's"] += (
+        len(asked) < len(alone))
+    counts["prompts cut"] += len(start) < len(asked)
+    counts["completions cut"] += sum(len(a) < len(b) for a, b in zip(completions, answers))
     if kind == PAIR and completions[0] == completions[1]:
         counts["pairs dropped: identical completions"] += 1
         return None
-    return dict(prompt=prompt, completions=completions, kind=kind, given=given, offset=0.0,
-                ref_logprob=[0.0, 0.0])
+    return dict(whole_prompt=tuple(alone), prompt=start, completions=completions, kind=kind,
+                given=given, first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0])
 
 
 def read(path, tokenizer, vocabulary, max_length):
@@ -169,9 +195,10 @@ def read(path, tokenizer, vocabulary, max_length):
     items, counts = [], Counter()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            with reading(f"{path}, line {number}: {line[:60]}"):
+            where = f"{path}, line {number}: {line[:60]}"
+            with reading(where):
                 row = json.loads(line.decode("utf-8"))
-                item = item_of(row, tokenizer, vocabulary, max_length, counts)
+                item = item_of(row, where, tokenizer, vocabulary, max_length, counts)
             if item is not None:
                 items.append(item)
     if not items:
@@ -179,34 +206,36 @@ def read(path, tokenizer, vocabulary, max_length):
     return items, counts
 
 
-def estimate_offsets(items, beta, counts, least=1e-4, few=8):
+def estimate_offsets(items, beta, counts, ramped, least=1e-4, few=8):
     """f(x) + c = beta log Z(x) of each prompt, from its n scores: from max r - beta log n to max r.
-    Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999."""
-    scores, offsets = {item["prompt"]: [] for item in items}, {}
+    Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999. A ramp begins at the mean
+    r: there the residuals' mean is 0, and no prompt's responses are all pushed one way."""
+    scores, offsets = {item["whole_prompt"]: [] for item in items}, {}
     for item in items:
         if item["kind"] == SCORE:
-            scores[item["prompt"]].append(item["given"])
+            scores[item["whole_prompt"]].append(item["given"])
     for prompt, given in scores.items():
         if len(given) < 2:
             counts["prompts with fewer than 2 scores: f(x) + c is 0"] += 1
             continue
         rewards = torch.tensor(given, dtype=torch.float64).logit(least)
-        offsets[prompt] = una.estimated_offset(rewards, beta).item()
+        offset = una.estimated_offset(rewards, beta).item()
+        offsets[prompt] = rewards.mean().item() if ramped else offset, offset
         if len(given) < few:
             counts[f"prompts with fewer than {few} scores: f(x) + c is a guess"] += 1
     for item in items:
-        item["offset"] = offsets.get(item["prompt"], 0.0)
+        item["first_offset"], item["offset"] = offsets.get(item["whole_prompt"], (0.0, 0.0))
 
 
 def split(items, share):
     """Training and held-out items. All items of a prompt are on one side, drawn by lot."""
-    prompts = sorted({item["prompt"] for item in items})
+    prompts = sorted({item["whole_prompt"] for item in items})
     count = 0
     if share:
         count = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
     drawn = set(random.Random(0).sample(prompts, count))
-    train = [item for item in items if item["prompt"] not in drawn]
-    held = [item for item in items if item["prompt"] in drawn]
+    train = [item for item in items if item["whole_prompt"] not in drawn]
+    held = [item for item in items if item["whole_prompt"] in drawn]
     return [[dict(item, id=n) for n, item in enumerate(part)] for part in (train, held)]
 
 
@@ -219,16 +248,19 @@ def collate(items):
     start = torch.tensor([[len(x)] for x, y in rows])
     end = torch.tensor([[len(x) + len(y)] for x, y in rows])
     place = torch.arange(tokens.shape[1])
-    names = ("id", "kind", "given", "offset", "ref_logprob")
+    names = ("id", "kind", "given", "first_offset", "offset", "ref_logprob")
     return dict({name: torch.tensor([item[name] for item in items]) for name in names},
                 input_ids=tokens, attention_mask=(place < end).long(),
                 response_mask=(place >= start) & (place < end))
 
 
-def outcome(model, batch, beta, g):
+def outcome(model, batch, beta, g, anchor):
     """Per item: loss (B,); rho and reward (B, 2), of its first and, in a pair, second completion.
 
     The first completion of a pair is the chosen one. Where there is no second one, rho is 0.
+    A pair's loss falls as well if both become unlikely, and other responses likely that nobody
+    judged. The anchor holds them: where pi_ref wrote them, the mean of -log pi is KL(pi_ref || pi)
+    and a constant, pi_ref's entropy.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     of_rows = una.sequence_logprob(logits, batch["input_ids"], batch["response_mask"])
@@ -240,7 +272,7 @@ def outcome(model, batch, beta, g):
     reward = una.implicit_reward(logprob, ref_logprob, beta, batch["offset"][:, None])
     chosen, rejected = reward[pair, 0], reward[pair, 1]
     loss = torch.zeros_like(given)
-    loss[pair] = una.una_pair_loss(chosen, rejected)
+    loss[pair] = una.una_pair_loss(chosen, rejected) - anchor * logprob[pair].mean(1)
     loss[label] = una.una_binary_loss(reward[label, 0], given[label], g)
     loss[score] = una.una_score_loss(reward[score, 0], given[score], g)
     return dict(id=batch["id"], kind=kind, given=given, loss=loss, rho=logprob - ref_logprob,
@@ -255,7 +287,8 @@ def joined(parts):
 def measure(facts):
     """{name: mean} of outcomes, as far as there are any. What has the label 1 or 0 is chosen or
     rejected too. kl_ref_policy, the mean of -rho, estimates KL(pi_ref || pi) where the reference
-    wrote the completions: without bias on held-out prompts, and at times below 0."""
+    wrote the completions: without bias on held-out prompts, and at times below 0. Far above 0 it
+    is a warning: probability has left what was judged."""
     kind, given, loss, rho = (facts[name] for name in ("kind", "given", "loss", "rho"))
     pair, label, score = kind == PAIR, kind == LABEL, kind == SCORE
     first, second = facts["reward"].unbind(1)
@@ -297,7 +330,7 @@ class UNATrainer(transformers.Trainer):
 
     def __init__(self, settings, **options):
         super().__init__(data_collator=collate, **options)
-        self.how = settings.beta, settings.g
+        self.how = settings.beta, settings.g, settings.anchor
         self.seen = []                  # the outcomes since the last log
 
     def get_train_dataloader(self):
@@ -313,7 +346,10 @@ class UNATrainer(transformers.Trainer):
         return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        facts = outcome(model, inputs, *self.how)
+        # f(x) + c is where it ends from the first half of the steps on.
+        share = min(1.0, 2 * self.state.global_step / self.state.max_steps)
+        offset = torch.lerp(inputs["first_offset"], inputs["offset"], share)
+        facts = outcome(model, inputs | dict(offset=offset), *self.how)
         real = facts["id"] != COPY
         facts = {name: part[real] for name, part in facts.items()}
         self.seen.append(joined([facts]))
@@ -358,14 +394,18 @@ def parse(arguments):
     """Settings and TrainingArguments."""
     parser = transformers.HfArgumentParser([Settings, Training], allow_abbrev=False)
     parser.error = stop
-    parser.set_defaults(logging_steps=10)
+    parser.set_defaults(logging_steps=10, per_device_eval_batch_size=None)
     with reading("flags"):
         settings, training = parser.parse_args_into_dataclasses(
             arguments, look_for_args_file=False)
+        # What fits in memory with gradients fits without: the Trainer's own 8 may not.
+        training.per_device_eval_batch_size = (
+            training.per_device_eval_batch_size or training.per_device_train_batch_size)
         args = transformers.TrainingArguments(
             **vars(training), remove_unused_columns=False, logging_nan_inf_filter=False)
-    if not (0 < settings.beta < math.inf and 0 <= settings.heldout < 1 < settings.max_length):
-        stop("must be: --beta > 0, 0 <= --heldout < 1, --max_length > 1")
+    if not (0 < settings.beta < math.inf and 0 <= settings.heldout < 1 < settings.max_length
+            and 0 <= settings.anchor < math.inf):
+        stop("must be: --beta > 0, 0 <= --heldout < 1, --max_length > 1, --anchor >= 0")
     checkpoint = args.resume_from_checkpoint
     if checkpoint and not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):
         stop(f"--resume_from_checkpoint {checkpoint}: there is no checkpoint")
@@ -429,8 +469,8 @@ def main(arguments=None):
     room = min(settings.max_length, getattr(config, "max_position_embeddings", math.inf))
     with reading(f"--data {settings.data}"):
         items, counts = read(settings.data, tokenizer, config.vocab_size, room)
-    if settings.offset == "estimated":
-        estimate_offsets(items, settings.beta, counts)
+    if settings.offset != "zero":
+        estimate_offsets(items, settings.beta, counts, settings.offset == "ramped")
     train, held = split(items, settings.heldout)
     with reading(f"--model {settings.model}"):
         model = load_model(settings, config, args.seed)

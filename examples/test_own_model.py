@@ -19,13 +19,15 @@ import own_model
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
 WORDS = "<unk> <eos> <bos> user assistant : a b c d e f g h i j k good bad".split()
 TEMPLATE = ("{% for m in messages %}{{ m.role + ' : ' + m.content + ' <eos> ' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}")
+CLOSING = processors.TemplateProcessing(
+    single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)])
 PLAIN = ["--use_cpu", "--optim", "sgd", "--lr_scheduler_type", "constant", "--max_grad_norm", "0",
          "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "1",
          "--learning_rate", "0.5"]
@@ -40,8 +42,7 @@ def a_tokenizer(closing=False, **special):
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if closing:
-        words.post_processor = processors.TemplateProcessing(
-            single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)])
+        words.post_processor = CLOSING
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, **special or dict(eos_token="<eos>"))
     made.chat_template = TEMPLATE
@@ -73,7 +74,7 @@ def feedback(count, prompts=None):
     rng = random.Random(0)
 
     def words(least, most):
-        return " ".join(rng.choices(["<unk>", *"abcdefghijk"], k=rng.randint(least, most)))
+        return " " + " ".join(rng.choices(["<unk>", *"abcdefghijk"], k=rng.randint(least, most)))
 
     some, rows = [words(2, 5) for _ in range(prompts or count)], []
     for i in range(count):
@@ -97,8 +98,9 @@ def run(folder, rows, out, *options):
 
 
 def items_of(rows, tmp_path, tokenizer=None, max_length=32):
-    return own_model.read(write(tmp_path / "rows.jsonl", rows), tokenizer or a_tokenizer(),
-                          len(WORDS), max_length)
+    tokenizer = tokenizer or a_tokenizer()
+    return own_model.read(write(tmp_path / "rows.jsonl", rows), tokenizer, len(tokenizer),
+                          max_length)
 
 
 def plain_logprob(model, prompt, completion):
@@ -115,7 +117,7 @@ def completions(row):
     return [ids(row[name]) + [1] for name in ("chosen", "rejected", "completion") if name in row]
 
 
-def written_out(policy, reference, rows, beta, g):
+def written_out(policy, reference, rows, beta, g, anchor=0.0):
     """Loss and rewards of each row, by the equations' formulas."""
     losses, rewards = [], []
     for row in rows:
@@ -124,7 +126,7 @@ def written_out(policy, reference, rows, beta, g):
         reward = [beta * (p - ref.detach()) for p, ref in zip(*logprobs)]
         s, given = torch.sigmoid(reward[0]), float(row.get("label", row.get("score", 0)))
         if "chosen" in row:
-            loss = torch.log(1 + torch.exp(reward[1] - reward[0]))
+            loss = torch.log(1 + torch.exp(reward[1] - reward[0])) - anchor * sum(logprobs[0]) / 2
         elif g == "mse":
             loss = (s - given) ** 2
         else:
@@ -149,21 +151,43 @@ def farthest(a, b):
 
 
 # ---------------------------------------------------------------- losses, gradients, steps
-@pytest.mark.parametrize("batch, micro_batches, g, more", [
-    (7, 1, "mse", []), (2, 4, "bce", []), (3, 3, "mse", ["--activation_checkpointing", "True"])])
+@pytest.mark.parametrize("batch, micro_batches, g, anchor, more", [
+    (7, 1, "mse", 0.05, []), (2, 4, "bce", 0, []),
+    (3, 3, "mse", 0, ["--activation_checkpointing", "True"])])
 def test_a_step_is_the_gradient_of_the_mean_over_all_items_however_they_are_cut(
-        folder, tmp_path, batch, micro_batches, g, more):
+        folder, tmp_path, batch, micro_batches, g, anchor, more):
     rows = feedback(7)
     run(folder, rows, tmp_path / "out", "--heldout", "0", "--max_steps", "1", "--g", g,
         "--learning_rate", "1", "--per_device_train_batch_size", str(batch),
-        "--gradient_accumulation_steps", str(micro_batches), *more)
+        "--gradient_accumulation_steps", str(micro_batches), "--anchor", str(anchor), *more)
     policy, start, trained = loaded(folder), weights(folder), weights(tmp_path / "out")
-    losses, _ = written_out(policy, loaded(folder), rows, 0.1, g)
-    (sum(losses) / 7).backward()
-    for name, parameter in policy.named_parameters():
-        step = start[name] - trained[name]
-        torch.testing.assert_close(step, parameter.grad, rtol=1e-4, atol=2e-6)
+
+    def farthest_step(anchor):
+        """How far a step is from the gradient with this anchor."""
+        losses, _ = written_out(policy, loaded(folder), rows, 0.1, g, anchor)
+        policy.zero_grad()
+        (sum(losses) / 7).backward()
+        return max(((start[name] - trained[name] - weight.grad).abs() - 1e-4 * weight.grad.abs())
+                   .max() for name, weight in policy.named_parameters())
+
+    assert farthest_step(anchor) < 2e-6 and farthest_step(anchor + 0.05) > 0.01
     assert max(p.grad.abs().max() for p in policy.parameters()) > 0.01
+
+
+def test_the_anchors_mean_over_the_references_responses_has_the_gradient_of_kl_ref_policy():
+    """All responses of one token, each in a pair with itself: such a pair's own loss is log 2."""
+    policy, words = a_model().eval(), range(len(WORDS))
+    reference = torch.softmax(torch.linspace(-2, 2, len(WORDS)), 0)
+    batch = own_model.collate([
+        dict(id=y, kind=own_model.PAIR, prompt=(5, 6), completions=[[y], [y]], given=1.0,
+             first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0]) for y in words])
+    loss = own_model.outcome(policy, batch, 0.1, "mse", anchor=0.3)["loss"] @ reference
+    logprobs = torch.log_softmax(policy(torch.tensor([[5, 6]])).logits[0, -1], -1)
+    kl = 0.3 * (reference * (reference.log() - logprobs)).sum()
+    the_other = 0.3 * (logprobs.exp() * (logprobs - reference.log())).sum()
+    gradient, expected, other = (torch.cat([part.flatten() for part in torch.autograd.grad(
+        of, policy.parameters(), retain_graph=True)]) for of in (loss, kl, the_other))
+    assert (gradient - expected).abs().max() < 1e-5 and (gradient - other).abs().max() > 0.01
 
 
 def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop(folder, tmp_path):
@@ -221,7 +245,7 @@ def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folde
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "twice.py", str(tmp_path / "own_model.py"), str(two), str(gone_on), "--model", folder,
          "--data", f"{one}.jsonl", *PLAIN, *options, "--per_device_train_batch_size", "2",
-         "--gradient_accumulation_steps", "2"], cwd=tmp_path, capture_output=True, text=True)
+         "--gradient_accumulation_steps", "2"], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert ended.returncode == 0, ended.stderr
     assert farthest(one, two) < 1e-6 and farthest(one, folder) > 0.03
     assert farthest(two, gone_on) == 0
@@ -255,21 +279,24 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_one_that_was_not_broken(folder,
 
 # ---------------------------------------------------------------- the reference
 def test_the_reference_is_the_models_own_and_stays_beside_the_data(folder, tmp_path, monkeypatch):
-    """One pass computes it, one compares it, then come two epochs, and the end measures one."""
+    """One pass computes it, one compares it, then come two epochs, and the end measures one item.
+    None of them takes more items at a time than training does."""
     outcome, seen = own_model.outcome, []
     monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
         seen.append((batch, torch.is_grad_enabled())) or outcome(model, batch, *how)))
     rows, model = feedback(6), loaded(folder)
     run(folder, rows, tmp_path / "out", "--heldout", "0", "--num_train_epochs", "2",
-        "--save_strategy", "epoch")
-    assert [gradients for _, gradients in seen] == [False, False, True, True, False]
-    epochs = [batch["id"].tolist() for batch, _ in seen[2:4]]
+        "--save_strategy", "epoch", "--per_device_train_batch_size", "4")
+    assert [gradients for _, gradients in seen] == [False] * 4 + [True] * 4 + [False]
+    given = [batch["id"].tolist() for batch, _ in seen]
+    assert [*map(len, given)] == [4, 2, 4, 2, 4, 4, 4, 4, 1]
+    epochs = given[4] + given[5], given[6] + given[7]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [-1, -1, *range(6)] and epochs[0] != epochs[1]
-    assert (tmp_path / "out/checkpoint-2").is_dir()
+    assert (tmp_path / "out/checkpoint-4").is_dir()
     with torch.no_grad():
         expected = [[float(plain_logprob(model, ids(row["prompt"]), y)) for y in completions(row)]
                     for row in rows]
-    for batch, _ in seen[1:]:
+    for batch, _ in seen[2:]:
         for number, logprob in zip(batch["id"].tolist(), batch["ref_logprob"].tolist()):
             known = expected[0 if number == own_model.COPY else number]
             assert logprob == pytest.approx(known + [0.0] * (2 - len(known)), abs=1e-5)
@@ -349,6 +376,55 @@ def test_lora_is_added_up_before_saving(folder, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- from text to batches
+def lossless(spaces, closing=False, **special):
+    """A tokenizer whose tokens decode to the text: as GPT-2's, of bytes, or as SentencePiece's,
+    which puts a space before a text. Its vocabulary is learned from a few words."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = (pre_tokenizers.Metaspace(prepend_scheme="first") if spaces else
+                           pre_tokenizers.ByteLevel(add_prefix_space=False))
+    words.decoder = decoders.Metaspace(prepend_scheme="first") if spaces else decoders.ByteLevel()
+    words.train_from_iterator(["Say: hello world, hello again"] * 9, trainers.BpeTrainer(
+        vocab_size=60, special_tokens=WORDS[:3] + ["<turn>"], show_progress=False))
+    if closing:
+        words.post_processor = CLOSING
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>",
+                                                **special)
+    made.chat_template = ("<bos>{% for m in messages %}{{ m.role + ': ' + m.content + '<turn>' }}"
+                          "{% endfor %}{% if add_generation_prompt %}{{ 'again:' }}{% endif %}")
+    return made
+
+
+@pytest.mark.parametrize("options", [
+    dict(spaces=False), dict(spaces=True), dict(spaces=True, closing=True, bos_token="<bos>"),
+    dict(spaces=False, padding_side="left")], ids=["bytes", "spaces", "opening", "left"])
+def test_decoded_back_the_tokens_are_the_text(options, tmp_path):
+    tokenizer, apart = lossless(**options), []
+
+    def bare(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    for x, chosen, rejected, asked in [
+            ("Say:", "hello", " hello", "Say:"), ("Say:", " hello", ", hello", "Say:"),
+            ("Say: ", "hello", "world", "Say:"), ("<bos>Say:", "hello", " world", "<bos>Say:"),
+            ([dict(role="dear", content="hello")], "hello", "world",
+             "<bos>dear: hello<turn>again:")]:
+        chat, answers = not isinstance(x, str), [chosen, rejected]
+        if chat:
+            answers = [[dict(role="again", content=y)] for y in answers]
+        row = dict(prompt=x, chosen=answers[0], rejected=answers[1])
+        [item], counts = items_of([row], tmp_path, tokenizer)
+        prompt = list(item["prompt"])
+        for y, given in zip(item["completions"], (chosen, rejected)):
+            text = f"{asked} {given}<turn>" if chat else f"{x}{given}<eos>"
+            added = "closing" in options and not text.startswith("<bos>")
+            assert [*prompt, *y] == [2] * added + bare(text)
+            assert tokenizer.decode([*prompt, *y][added:]) == text
+            assert tokenizer.decode(prompt[added:]) == asked
+            apart.append(prompt + bare(text[len(asked):]) != [*prompt, *y])
+        assert sum(counts.values()) == (x == "Say: ")
+    assert any(apart) == options["spaces"]          # as one text, not one behind the other
+
+
 def test_texts_messages_and_ids_become_tokens_with_one_end_of_text(tmp_path):
     closing = a_tokenizer(closing=True, eos_token="<eos>", bos_token="<bos>")
     chat = [dict(role="user", content="a"), dict(role="assistant", content="b"),
@@ -356,10 +432,10 @@ def test_texts_messages_and_ids_become_tokens_with_one_end_of_text(tmp_path):
     asked = "user : a <eos> assistant : b <eos> user : c <eos> assistant :"
     answer = [dict(role="assistant", content="good")]
     for tokenizer, prompt, completion, first, second in [
-            (None, "c d", "a b", "c d", "a b <eos>"),
-            (None, "c <eos>", "a <eos> b", "c <eos>", "a <eos>"),
-            (closing, "c d", "a b <eos> <eos>", "<bos> c d", "a b <eos>"),
-            (closing, "c <eos>", "<eos>", "<bos> c <eos>", "<eos>"),
+            (None, "c d", " a b", "c d", "a b <eos>"),
+            (None, "c <eos>", " a <eos> b", "c <eos>", "a <eos>"),
+            (closing, "c d", " a b <eos> <eos>", "<bos> c d", "a b <eos>"),
+            (closing, "<bos> c <eos>", "<eos>", "<bos> c <eos>", "<eos>"),
             (None, ids("a"), ids("b <eos> c"), "a", "b <eos> c"),
             (None, chat, answer, asked, "good <eos>"),
             (closing, chat, answer, asked, "good <eos>")]:
@@ -372,41 +448,56 @@ def test_texts_messages_and_ids_become_tokens_with_one_end_of_text(tmp_path):
 
 
 def test_what_is_too_long_is_cut_and_pairs_of_equal_completions_are_dropped(folder, tmp_path):
-    long = "a b c d e f g h"
-    rows = [dict(prompt=long, completion="i j", label=1),
+    long = " a b c d e f g h"
+    rows = [dict(prompt=long, completion=" i j", label=1),
             dict(prompt="k", completion=long, score=0),
-            dict(prompt=long, chosen="i", rejected=long),
-            dict(prompt="k", chosen="a", rejected="a <eos>"),
+            dict(prompt=long, chosen=" i", rejected=long),
+            dict(prompt="a b c d", completion=" i", score=1),
+            dict(prompt="a b c d e", chosen=" i", rejected=" <eos>"),
+            dict(prompt="k", chosen=" a", rejected=" a <eos>"),
             dict(prompt="k", chosen=long + " good", rejected=long + " bad")]
     items, counts = items_of(rows, tmp_path, max_length=6)
     assert [(item["prompt"], item["completions"]) for item in items] == [
         (tuple(ids("f g h")), [ids("i j <eos>")]), (tuple(ids("k")), [ids("a b c d e")]),
-        (tuple(ids("f g h")), [ids("i <eos>"), ids("a b c")])]
-    assert counts == {"prompts cut": 2, "completions cut": 4,
-                      "pairs dropped: identical completions": 2}
+        (tuple(ids("f g h")), [ids("i <eos>"), ids("a b c")]),
+        (tuple(ids("a b c d")), [ids("i <eos>")]),          # they fit
+        (tuple(ids("b c d e")), [ids("i <eos>"), [1]])]
+    assert +counts == {"prompts cut": 3, "completions cut": 4,
+                       "pairs dropped: identical completions": 2}
     rows = [dict(prompt="a " * 40, completion="b " * 40, score=0.5)] * 2    # 32 positions
     assert run(folder, rows, tmp_path / "out", "--max_steps", "1")["counts"]["prompts cut"] == 2
 
 
-def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(folder, tmp_path):
-    rows = [dict(prompt="a b", completion=y, score=s) for y, s in zip("cde", (0.2, 0.9, 1.0))]
-    rows += [dict(prompt="a b", completion="f", label=True), dict(prompt="c", completion="d",
-             score=0.3), dict(prompt="a b", chosen="g", rejected="h")]
-    rows += [dict(prompt="e", completion=y, score=0.5) for y in "abcdefgh"]
+def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(
+        folder, tmp_path, monkeypatch):
+    rows = [dict(prompt="a b ", completion=y, score=s) for y, s in zip("cde", (0.2, 0.9, 1.0))]
+    rows += [dict(prompt="a b ", completion="f", label=True), dict(prompt="c ", completion="d",
+             score=0.3), dict(prompt="a b ", chosen="g", rejected="h")]
+    rows += [dict(prompt="e ", completion=y, score=0.5) for y in "abcdefgh"]
     odds = [(s / (1 - s)) ** 2 for s in (0.2, 0.9, 1 - 1e-4)]    # beta = 0.5: e^{r/beta}
-    expected = {"a b": 0.5 * math.log(sum(odds) / 3), "c": 0.0, "e": 0.0}
+    expected = {"a b ": 0.5 * math.log(sum(odds) / 3), "c ": 0.0, "e ": 0.0}
     items, _ = items_of(rows, tmp_path)
     counts = Counter()
-    own_model.estimate_offsets(items, 0.5, counts)
-    assert [item["offset"] for item in items] == pytest.approx(
-        [expected[row["prompt"]] for row in rows])
+    own_model.estimate_offsets(items, 0.5, counts, ramped=False)
+    for name in "offset", "first_offset":
+        assert [item[name] for item in items] == pytest.approx(
+            [expected[row["prompt"]] for row in rows])
     assert counts == {"prompts with fewer than 2 scores: f(x) + c is 0": 1,
                       "prompts with fewer than 8 scores: f(x) + c is a guess": 1}
-    rows = [dict(row, prompt=x) for x in ("a b", "c") for row in rows[:4]]     # one is held out
-    results = run(folder, rows, tmp_path / "out", "--offset", "estimated", "--beta", "0.5",
-                  "--heldout", "0.5", "--max_steps", "1")
-    assert results["before"]["reward_chosen"] == pytest.approx(expected["a b"], rel=1e-6)
-    assert results["before"]["kl_ref_policy"] == 0
+    rows = [dict(row, prompt=x) for x in ("a b ", "c ") for row in rows[:4]]     # one is held out
+    outcome, seen = own_model.outcome, []
+    monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
+        seen.extend(batch["offset"].unique().tolist() if torch.is_grad_enabled() else [])
+        or outcome(model, batch, *how)))
+    last, mean = expected["a b "], sum(math.log(each) for each in odds) / 2 / 3
+    for how, path in ("estimated", [last] * 6), ("ramped", [
+            mean, mean + (last - mean) / 3, mean + (last - mean) * 2 / 3, last, last, last]):
+        seen.clear()
+        results = run(folder, rows, tmp_path / "out", "--offset", how, "--beta", "0.5",
+                      "--heldout", "0.5", "--max_steps", "6")
+        assert results["before"]["reward_chosen"] == pytest.approx(last, rel=1e-6)
+        assert results["before"]["kl_ref_policy"] == 0
+        assert seen == pytest.approx(path, rel=1e-5) and last - mean > 0.1
 
 
 def test_held_out_prompts_are_not_trained_on_and_do_not_depend_on_the_order(tmp_path):
@@ -425,46 +516,52 @@ def asked(**message):
                 completion=[dict(role="assistant", **message)])
 
 
-BAD = [b"{prompt: a}", b'{"prompt": "a", "com', b"", b"[1, 2]", b'{"prompt": "\xe4"}', *(
-    json.dumps(row).encode() for row in [
-        dict(completion="b", label=True), dict(prompt="a", label=True),
-        dict(prompt="a", chosen="b"), dict(prompt="a", completion="b"),
-        dict(prompt="a", completion="b", label=None),
-        dict(prompt="a", completion="b", label=1, score=1),
-        dict(prompt="a", chosen="b", rejected="c", completion="d"),
-        *(dict(prompt="a", completion="b", label=label) for label in (-1, 0.3, "1", math.nan)),
-        *(dict(prompt="a", completion="b", score=score)
-          for score in (1.5, -0.1, math.nan, math.inf, "0.5", True)),
-        dict(prompt="a", completion="", score=1), dict(prompt="a", chosen="b", rejected=""),
-        dict(prompt=[5], completion=[], score=1), asked(content=""), asked(),
-        dict(prompt="", completion="b", score=1), dict(prompt=[5], completion=[6.5], score=1),
-        dict(prompt=[5], completion=[99], score=1), dict(prompt=[-1], completion=[9], score=1),
-        dict(prompt="a", completion=[6], score=1), dict(prompt="a", completion=6, score=1),
-        dict(asked(content="b"), prompt="a"), dict(asked(), completion=asked()["prompt"] * 2),
-        dict(prompt="a", completion="\ud800", score=1)])]
+BAD = [*((line, "") for line in (
+           b"{prompt: a}", b'{"prompt": "a", "com', b"", b"[1, 2]", b'{"prompt": "\xe4"}')), *(
+    (json.dumps(row).encode(), message) for message, rows in {
+        "a line has prompt and either": [
+            dict(completion="b", label=True), dict(prompt="a", label=True),
+            dict(prompt="a", chosen="b"), dict(prompt="a", completion="b"),
+            dict(prompt="a", completion="b", label=None),
+            dict(prompt="a", completion="b", label=1, score=1),
+            dict(prompt="a", chosen="b", rejected="c", completion="d")],
+        "label: ": [dict(prompt="a", completion="b", label=label)
+                    for label in (-1, 0.3, "1", math.nan)],
+        "score: ": [dict(prompt="a", completion="b", score=score)
+                    for score in (1.5, -0.1, math.nan, math.inf, "0.5", True)],
+        "prompt: ": [dict(prompt=x, completion=[9], score=1) for x in ([-1], [], ["a"], 6)]
+        + [dict(prompt="", completion="b", score=1)],
+        "rejected: it is empty": [dict(prompt="a", chosen="b", rejected="")],
+        "completion: it is empty": [
+            dict(prompt="a", completion="", score=1), asked(content=""), asked()],
+        "completion: the token 99 is not from 0 to": [
+            dict(prompt=[5], completion=[99], score=1)],
+        "completion: ": [
+            *(dict(prompt=[5], completion=y, score=1) for y in ([], [6.5], [True], "b", 6)),
+            dict(asked(content="b"), prompt="a"), dict(asked(), completion=asked()["prompt"] * 2),
+            dict(prompt="a", completion="\ud800", score=1)]}.items() for row in rows)]
 
 
 def test_bad_lines_and_bad_templates_are_named(tmp_path, capsys):
-    def refused(line, tokenizer):
+    def refused(line, message, tokenizer):
         (tmp_path / "bad.jsonl").write_bytes(json.dumps(feedback(1)[0]).encode() + b"\n" + line)
         with pytest.raises(SystemExit) as end:
             own_model.read(tmp_path / "bad.jsonl", tokenizer, len(WORDS), 32)
         said = capsys.readouterr().err
         assert end.value.code == 2 and said.count("\n") == 1, line
-        assert f"bad.jsonl, line 2: {line[:60]}: " in said, line
-        return said
-    for line in BAD:
-        refused(line + b"\n", a_tokenizer())
+        assert re.search(re.escape(f"bad.jsonl, line 2: {line[:60]}: ") + message, said), said
+    for line, message in BAD:
+        refused(line + b"\n", message, a_tokenizer())
     tokenizer, line = a_tokenizer(), json.dumps(asked(content="b")).encode()
-    for template, message in [("{{ messages | length }}", "begins a prompt otherwise"),
-                              ("{{ raise_exception('must alternate') }}", "must alternate"),
-                              (None, "chat.template")]:
+    for template, message in [("{{ messages | length }}", "completion: it has no token of its"),
+                              ("{{ raise_exception('must alternate') }}", "prompt: must alternate"),
+                              (None, "prompt: .*chat.template")]:
         tokenizer.chat_template = template
-        assert re.search(message, refused(line, tokenizer))
+        refused(line, message, tokenizer)
 
 
 def test_other_bad_input_is_one_line_too(folder, tmp_path, capsys):
-    good, same = ({"prompt": "a", "chosen": "b", "rejected": y} for y in "cb")
+    good, same = ({"prompt": "a ", "chosen": "b", "rejected": y} for y in "cb")
     bert = transformers.BertForMaskedLM(transformers.BertConfig(
         vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
         intermediate_size=8, initializer_range=1.0))
@@ -484,6 +581,7 @@ def test_other_bad_input_is_one_line_too(folder, tmp_path, capsys):
             ({"--model": saved(tmp_path / "bert", bert, a_tokenizer())}, "not causal"),
             ({"--offset": "learned"}, "--offset: invalid choice: 'learned'"),
             ({"--beta": "0"}, "--beta > 0"), ({"--beta": "nan"}, "--beta > 0"),
+            ({"--anchor": "-1"}, "--anchor >= 0"), ({"--anchor": "inf"}, "--anchor >= 0"),
             ({"--heldout": "1"}, "--heldout < 1"), ({"--max_length": "1"}, "--max_length > 1"),
             ({"--learning_rate": "fast"}, "--learning_rate.*fast"), ({"--batch": "1"}, "--batch"),
             *(({flag: "1"}, flag) for flag in (

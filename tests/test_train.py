@@ -494,7 +494,8 @@ def test_words_that_cannot_be_written_are_dropped_and_files_are_kept(tmp_path, m
     content = dict(a=[1, dict(b=2)], c={})
     run.write_json(tmp_path / "a.json", content)
     with pytest.raises(ZeroDivisionError):                       # it has half of it written
-        run.save(tmp_path / "a.json", lambda partial: Path(partial).write_text("half") / 0)
+        run.save(tmp_path / "a.json",
+                 lambda partial: Path(partial).write_text("half", encoding="utf-8") / 0)
     with pytest.raises(ValueError):                              # JSON knows neither it nor inf
         run.write_json(tmp_path / "a.json", dict(a=[math.nan]))
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == content
