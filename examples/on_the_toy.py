@@ -196,7 +196,7 @@ def train_by_trl(folder, method, out, *how):
 # otherwise, and the rate's two ramps one after the other, where train.py multiplies them.
 TRL = ("dpo", "kto")
 OWN = {"dpo": [], "una-binary-bce": ["--g=bce"], "una-score": [],    # and flags of own_model.py
-       "una-score-estimated": ["--offset=estimated"], "una-mixed": []}
+       "una-score-estimated": ["--offset=ramped"], "una-mixed": []}
 
 
 def train_by_own_model(folder, method, out, settings):
@@ -206,7 +206,8 @@ def train_by_own_model(folder, method, out, settings):
     path = folder / f"{of.feedback}.jsonl"
     flags = dict(
         model=folder / "reference", data=path, output_dir=out, heldout=0, seed=settings.seed,
-        beta=of.beta_multiple * toy["beta"], learning_rate=of.learning_rate, adam_beta2=0.99,
+        beta=of.beta_multiple * toy["beta"], learning_rate=of.learning_rate, anchor=of.anchor,
+        adam_beta2=0.99,
         per_device_train_batch_size=round(settings.batch * len(read(path)) / toy["judged"]),
         per_device_eval_batch_size=1024, max_steps=settings.steps, lr_scheduler_type="linear",
         warmup_steps=settings.steps // 20, save_strategy="no", use_cpu=True, report_to="none")

@@ -208,8 +208,9 @@ def read(path, tokenizer, vocabulary, max_length):
 
 def estimate_offsets(items, beta, counts, ramped, least=1e-4, few=8):
     """f(x) + c = beta log Z(x) of each prompt, from its n scores: from max r - beta log n to max r.
-    Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999. A ramp begins at the mean
-    r: there the residuals' mean is 0, and no prompt's responses are all pushed one way."""
+    Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999. A ramp begins at the logit
+    of the mean score: there the residuals add up to 0, and no prompt's responses are all pushed one
+    way."""
     scores, offsets = {item["whole_prompt"]: [] for item in items}, {}
     for item in items:
         if item["kind"] == SCORE:
@@ -218,9 +219,9 @@ def estimate_offsets(items, beta, counts, ramped, least=1e-4, few=8):
         if len(given) < 2:
             counts["prompts with fewer than 2 scores: f(x) + c is 0"] += 1
             continue
-        rewards = torch.tensor(given, dtype=torch.float64).logit(least)
-        offset = una.estimated_offset(rewards, beta).item()
-        offsets[prompt] = rewards.mean().item() if ramped else offset, offset
+        given_scores = torch.tensor(given, dtype=torch.float64)
+        offset = una.estimated_offset(given_scores.logit(least), beta).item()
+        offsets[prompt] = given_scores.mean().logit(least).item() if ramped else offset, offset
         if len(given) < few:
             counts[f"prompts with fewer than {few} scores: f(x) + c is a guess"] += 1
     for item in items:
@@ -259,8 +260,7 @@ def outcome(model, batch, beta, g, anchor):
 
     The first completion of a pair is the chosen one. Where there is no second one, rho is 0.
     A pair's loss falls as well if both become unlikely, and other responses likely that nobody
-    judged. The anchor holds them: where pi_ref wrote them, the mean of -log pi is KL(pi_ref || pi)
-    and a constant, pi_ref's entropy.
+    judged. The anchor holds them, where pi_ref wrote them.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     of_rows = una.sequence_logprob(logits, batch["input_ids"], batch["response_mask"])
@@ -272,7 +272,8 @@ def outcome(model, batch, beta, g, anchor):
     reward = una.implicit_reward(logprob, ref_logprob, beta, batch["offset"][:, None])
     chosen, rejected = reward[pair, 0], reward[pair, 1]
     loss = torch.zeros_like(given)
-    loss[pair] = una.una_pair_loss(chosen, rejected) - anchor * logprob[pair].mean(1)
+    held = una.anchor_loss(logprob[pair], ref_logprob[pair]).mean(1)
+    loss[pair] = una.una_pair_loss(chosen, rejected) + anchor * held
     loss[label] = una.una_binary_loss(reward[label, 0], given[label], g)
     loss[score] = una.una_score_loss(reward[score, 0], given[score], g)
     return dict(id=batch["id"], kind=kind, given=given, loss=loss, rho=logprob - ref_logprob,

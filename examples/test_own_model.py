@@ -126,7 +126,8 @@ def written_out(policy, reference, rows, beta, g, anchor=0.0):
         reward = [beta * (p - ref.detach()) for p, ref in zip(*logprobs)]
         s, given = torch.sigmoid(reward[0]), float(row.get("label", row.get("score", 0)))
         if "chosen" in row:
-            loss = torch.log(1 + torch.exp(reward[1] - reward[0])) - anchor * sum(logprobs[0]) / 2
+            held = -(sum(logprobs[0]) - sum(logprobs[1]).detach()) / 2
+            loss = torch.log(1 + torch.exp(reward[1] - reward[0])) + anchor * held
         elif g == "mse":
             loss = (s - given) ** 2
         else:
@@ -489,7 +490,7 @@ def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(
     monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
         seen.extend(batch["offset"].unique().tolist() if torch.is_grad_enabled() else [])
         or outcome(model, batch, *how)))
-    last, mean = expected["a b "], sum(math.log(each) for each in odds) / 2 / 3
+    last, mean = expected["a b "], math.log(2.1 / 0.9)           # the mean score is 0.7
     for how, path in ("estimated", [last] * 6), ("ramped", [
             mean, mean + (last - mean) / 3, mean + (last - mean) * 2 / 3, last, last, last]):
         seen.clear()
