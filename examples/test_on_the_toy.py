@@ -18,16 +18,13 @@ import train
 import una
 from helpers import moved, near, toy_gpt
 from lab import exact, run
+from toy import LANGUAGE as SMALL
 
 pytest.importorskip("trl")
 torch.set_num_threads(1)
 FLAGS = "--level 1 --judged 200 --reference-steps 20 --n-layer 2 --n-head 2 --n-embd 16".split()
-# 651 responses to each of four prompts: the reward is the first word's fit to the mood.
-LANGUAGE = dict(
-    TRAIN_PROMPTS=data.TRAIN_PROMPTS[:3], HELDOUT_PROMPTS=data.HELDOUT_PROMPTS[:1], MAX_TOKENS=2,
-    sentences=lambda n, rng: ([rng.choice(data.PROMPTS) for _ in range(n)],
-                              [f" {rng.choice([*data.ADJECTIVES])}" for _ in range(n)]),
-    reward=lambda prompts, responses: data.FITS[prompts[:, 0].cpu(), responses[:, 0].cpu()])
+LANGUAGE = SMALL | dict(TRAIN_PROMPTS=data.TRAIN_PROMPTS[:3],
+                        HELDOUT_PROMPTS=data.HELDOUT_PROMPTS[:1])
 
 
 @pytest.fixture(scope="module")
