@@ -170,7 +170,7 @@ def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(exp
 # ---------------------------------------------------------------- compare, memory.py
 def test_on_all_feedback_at_once_three_trainers_are_one_and_compare_goes_on(exported, monkeypatch):
     path = exported.folder.parent / "on_the_toy.json"
-    flags = "--seed 3 --seeds 1 --jobs 1 --batch 200 --steps 3"  # of so few none is a ramp up
+    flags = "--seed 3 --seeds 1 --jobs 1 --batch 200 --steps 4"  # of so few none is a ramp up
     command = ["compare", str(path.parent), *flags.split(), *FLAGS]
     toy.main(command)
     told = toy.read(path)
