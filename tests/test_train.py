@@ -401,7 +401,8 @@ def test_results_hold_what_is_promised_and_saved_weights_give_the_figures_again(
     feedback = train.collect_feedback(train.parse([*toy.FLAGS]), 1, reference)
     for key, rows in zip(("chosen_reward", "rejected_reward"), feedback.pairs.T):
         rho = rho_of(dpo, reference, feedback.tokens[rows], feedback.mask[rows])
-        assert tiny.runs["dpo"][key] == pytest.approx(0.25 * rho.mean().item(), abs=1e-6)
+        beta = tiny.runs["dpo"]["method_beta"]
+        assert tiny.runs["dpo"][key] == pytest.approx(beta * rho.mean().item(), abs=1e-6)
 
 
 def test_same_seed_same_results_in_one_process_or_two(tiny, short, tmp_path, monkeypatch):
