@@ -193,7 +193,7 @@ def two_digits(value):
 def predicted(file, **found):
     """found: what was found of each prediction, and whether it holds."""
     return [["expected", "found", ""], *(
-        [text, found[key][0], "holds" if found[key][1] else "does not hold"]
+        [text, found[key][0], {True: "holds", False: "does not hold", None: "–"}[found[key][1]]]
         for key, text in file["predictions"].items())]
 
 

@@ -72,12 +72,9 @@ def reported(chosen):
     runs = [at(key, chosen[key]) for key in GRIDS]
     runs[runs.index(at(KTO, chosen[KTO]))] = at(KTO, chosen[KTO], look="zeros")
     runs += [at(Run("una-pair"), chosen[DPO]), at(REWARD, chosen[ESTIMATED])]
-    for level in (0.0, 1.0):
-        runs += [at(key, other_path(chosen[key]), level=level) for key in (EXACT, ESTIMATED)]
-        runs += [at(key, chosen[key], level=level, offset="from zero")
-                 for key in (LEARNED, SCORE_LEARNED)]
-    return runs + [at(key, chosen[key], level=1.0)
-                   for key in (BCE, SCORE, LEARNED, EXACT, ESTIMATED, SCORE_LEARNED)]
+    runs += [at(key, other_path(chosen[key])) for key in (EXACT, ESTIMATED)]
+    runs += [at(key, chosen[key], offset="from zero") for key in (LEARNED, SCORE_LEARNED)]
+    return runs + [at(key, chosen[key], level=1.0) for key in (BCE, SCORE, LEARNED, ESTIMATED)]
 
 
 WATCHED, POINTS = (DPO, ANCHOR, LEARNED, ESTIMATED), 12

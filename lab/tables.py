@@ -42,6 +42,7 @@ STORED = tuple(name for name in METHODS if name not in ("una-online", "una-onlin
 JUDGEMENTS = {"dpo": 1 / 2, "kto": 1, "una-binary-bce": 1, "una-binary-bce, from zero": 1,
               "una-score": 1, "una-score-estimated": 1, "una-score, from zero": 1,
               "una-mixed": 5 / 6}
+ANEW = "76,800 labels and scores are to be tuned anew at level 1", None
 EXPLOITED = ("no: the judge sees more", "yes", "no difference shown")
 BROKEN = ("no word", "wrong word", "no end")                     # kinds of strings
 
@@ -228,11 +229,10 @@ def sizes_of(told):
 
 
 def at_sizes(told, name, reward="judge"):
-    """Runs at level 1 for each size: budget.json's, or those of stored.json, where an estimate is
-    there at once; dpo's at level 0, since pairs do not see it."""
-    path, level = dict(ramp=0) if "estimated" in name else {}, 0.0 if name == "dpo" else 1.0
+    """Runs for each size: budget.json's at level 1; of dpo stored.json's too, at level 0, since
+    pairs do not see it."""
     return [reported(told["budget"], name, 1.0, reward, size)
-            or reported(told["stored"], name, level, reward, size, **path)
+            or (reported(told["stored"], name, judged=size) if name == "dpo" else [])
             for size in sizes_of(told)]
 
 
@@ -289,17 +289,16 @@ def budget_tables(told):
     ended = {name: [median(lost(runs)) for runs in of if runs]
              for name, of in (stored | on).items()}
     estimated, learned = ended["una-score-estimated"], ended["una-score, from zero"]
-    score, dpo, optimum = ended["una-score"], ended["dpo"], ended["optimum, train"]
-    binary, bce = ended["una-binary-bce, from zero"], ended["una-binary-bce"]
+    dpo, optimum = ended["dpo"], ended["optimum, train"]
     online = ended["una-online, by_model"] + ended["ppo, by_model"]
     beta = stored["dpo"][0][0]["beta_multiple"]
     more = [a["gained"] - b["gained"] for a, b in zip(on["optimum, by_model"][0],
                                                       on["optimum, train"][0])]
     made["budget_predictions"] = predicted(
         told["budget"], few_scores=at_most(estimated[0], 1, dpo[-1]),
-        zero=(at_most(score[-1], 1, score[-2])[0], score[-1] >= 0.8 * score[-2]),
+        zero=ANEW, binary=ANEW,
         learned=(f"{listed(learned)} against {listed(estimated)}", below(learned, estimated)),
-        binary=at_most(binary[-2], 1, bce[-1]), pairs=(f"{beta:g} times the task's", beta > 1),
+        pairs=(f"{beta:g} times the task's", beta > 1),
         detour=(f"{listed(optimum)} against {listed(dpo)}", below(optimum, dpo)),
         optimiser=(listed(online), max(online) <= 0.01),
         exploitation=(f"{number(min(more), '+.2g')} to {number(max(more), '+.2g')}", min(more) > 0))
