@@ -23,7 +23,7 @@ def lost(run):
 
 def line(run):
     """What there is to say when a run has ended: what theory expects beside what was measured."""
-    parts = [f"seed {run['seed']}", f"{run['method']:<20}"]
+    parts = [f"seed {run['seed']}", f"{run['method']:<21}"]
     if "diverged" in run:
         return " | ".join([*parts, f"diverged: {run['diverged']}"])
     parts.append(f"loss {run['loss']:.4f} (at start {run['start_loss']:.4f})")
@@ -50,7 +50,7 @@ def table(results):
             "reward", "kl", "objective", "lost", "judged", "unjudged")), entry["heldout"]["lost"],
                 entry.get("seconds", math.nan)]
 
-    lines = [f"{'':<20}" + "".join(f"{heading:>9}" for heading in COLUMNS)]
+    lines = [f"{'':<21}" + "".join(f"{heading:>9}" for heading in COLUMNS)]
     shown = {}                                                   # figures: methods that share them
     for name, entries in rows(results).items():
         ended = [entry for entry in entries if "diverged" not in entry]
@@ -66,7 +66,7 @@ def table(results):
         figures = str([cells(entry)[:-1] for entry in ended]) if ended else name
         shown.setdefault(figures, [[], text])[0].append(name)
     for names, text in shown.values():
-        lines.append(f"{', '.join(names):<20}{text}".rstrip())
+        lines.append(f"{', '.join(names):<21}{text}".rstrip())
     return "\n".join(lines)
 
 
@@ -83,10 +83,10 @@ def samples(results):
     first = {name: entries[0]["samples"] for name, entries in rows(results).items()
              if "samples" in entries[0]}
     prompts = list(first["reference"])
-    lines = [f"{'responses to':<20}" + "".join(f"{prompt:<40}" for prompt in prompts).rstrip()]
+    lines = [f"{'responses to':<21}" + "".join(f"{prompt:<40}" for prompt in prompts).rstrip()]
     for name, texts in first.items():
         answers = "".join(f"{','.join(texts[prompt][:2]).strip():<40.39}" for prompt in prompts)
-        lines.append(f"{name:<20}{answers}".rstrip())
+        lines.append(f"{name:<21}{answers}".rstrip())
     return "\n".join(lines)
 
 
@@ -195,7 +195,9 @@ def draw_frontier(figure, results):
 
 def lost_parts_dots(figure, results):
     """What each method lost on judged and on all other responses: a dot for each seed."""
-    axes, methods = figure.subplots(), by_method(results)
+    axes = figure.subplots()
+    methods = [(name, look, runs) for name, look, runs in by_method(results)
+               if any("judged" in run["train"] for run in runs)]
     for i, (_, _, runs) in enumerate(methods):
         for part, shift, look in (("judged", -0.17, LOOKS[0]), ("unjudged", 0.17, LOOKS[1])):
             shares = [max(run["train"][part], 1e-4) for run in runs if part in run["train"]]
