@@ -97,7 +97,10 @@ learned from; unjudged: on all others, where nobody looked. held-out: prompts wi
 
 
 def report(results):
-    return "\n\n".join([table(results), LEGEND, samples(results)])
+    worse = [name for name, *_, runs in by_method(results) if runs and np.median(
+        [lost(run) for run in runs]) > 1]
+    warning = [f"Worse than no training, so far: {', '.join(worse)}"] if worse else []
+    return "\n\n".join([table(results), LEGEND, *warning, samples(results)])
 
 
 # ---------------------------------------------------------------- pictures

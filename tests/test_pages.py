@@ -75,6 +75,9 @@ def test_what_train_py_prints_has_medians_ranges_and_what_diverged():
     assert figures.line(diverged(2)).split(" | ")[2] == "diverged: the loss is nan"
     assert "lost 25.0%" in figures.line(run()) and "0.5000 (at start 0.7500)" in figures.line(run())
     assert figures.report(made).count(" b, b") == 4 and figures.lost(diverged(1)) == math.inf
+    assert "Worse than" not in figures.report(made)
+    bad = results(run(lost=1.5), run("ppo", lost=0.5), run("kto", lost=9.0))
+    assert "Worse than no training, so far: dpo, kto\n" in figures.report(bad)
 
 
 def test_a_verdict_needs_all_seeds_to_agree_in_sign():
