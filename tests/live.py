@@ -20,6 +20,6 @@ def test_una_online_ends_where_online_json_says(tmp_path):
                   for path in (tmp_path / "results.json", ROOT / "lab" / "online.json"))
     (run,), (expected, *_) = live, [entry for entry in told if entry["seed"] == 21]
     for split in ("train", "heldout"):
-        for figure in ("reward", "kl", "objective"):             # another CPU rounds otherwise
-            assert run[split][figure] == pytest.approx(expected[split][figure], abs=0.02)
+        for figure, off in dict(reward=0.02, kl=0.05, objective=0.01).items():   # by rounding
+            assert run[split][figure] == pytest.approx(expected[split][figure], abs=off)
         assert run[split]["lost"] < 0.05
