@@ -118,19 +118,25 @@ def with_mismatched_pairs(feedback, reference):
                            other_ref_logprob=logprob_in_chunks(reference, tokens, mask))
 
 
-def scored(method, feedback):
-    """The scores that a Method has, and their prompts: (N,) each. Labels are scores of 0 and 1."""
+def by_prompt(method, feedback, number):
+    """number(scores) of each prompt's own that a Method has, (X,); 0 for a prompt that has none.
+    Labels are scores of 0 and 1. Of mixed feedback the last third has scores."""
     scores = feedback.labels if method.feedback == "binary" else feedback.scores
     first = data.thirds(len(scores))[1] if method.feedback == "mixed" else 0
-    return scores[first:], feedback.prompt[first:]
+    offsets = scores.new_zeros(len(data.TRAIN_PROMPTS))
+    for x in range(len(offsets)):
+        own = scores[first:][feedback.prompt[first:] == x]
+        if len(own):
+            offsets[x] = number(own)
+    return offsets
 
 
 # At pi_ref every implicit reward of a prompt is f(x) + c. Where that is the logit of the prompt's
 # mean score, the residuals s - sigma(f + c) add up to 0: no response is pushed but against others.
+# A few labels may all be 1, whose logit is infinite: their mean is kept within 1e-4 of it.
 def balanced_offsets(method, feedback):
     """f(x) + c of each prompt, (X,), at which pi_ref's scores are right on average."""
-    scores, prompt = scored(method, feedback)
-    return torch.stack([scores[prompt == x].mean() for x in range(len(data.TRAIN_PROMPTS))]).logit()
+    return by_prompt(method, feedback, lambda scores: scores.mean().logit(1e-4))
 
 
 def start_offsets(method, feedback, beta):
@@ -139,19 +145,17 @@ def start_offsets(method, feedback, beta):
     Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Learned: it
     begins balanced.
     """
-    offsets = torch.zeros(len(data.TRAIN_PROMPTS), device=feedback.scores.device)
     if method.offset == "estimated":
-        scores, prompt = scored(method, feedback)
-        for x in range(len(offsets)):
-            offsets[x] = una.estimated_offset(scores[prompt == x].logit(), beta)
+        return by_prompt(method, feedback,
+                         lambda scores: una.estimated_offset(scores.logit(), beta))
     if method.offset == "learned":
-        offsets = balanced_offsets(method, feedback).requires_grad_()
-    return offsets
+        return balanced_offsets(method, feedback).requires_grad_()
+    return torch.zeros(len(data.TRAIN_PROMPTS), device=feedback.scores.device)
 
 
 def mean_rho(policy, feedback):
-    """The mean of log pi/pi_ref over 2048 stored responses, nats: -KL(pi_ref || pi). Far below 0 it
-    warns that probability has left what was judged."""
+    """The mean of log pi/pi_ref over 2048 stored responses, nats: an estimate of -KL(pi_ref || pi).
+    It falls as the policy sharpens, and where probability leaves what was judged."""
     tokens, mask = feedback.tokens[:CHUNK], feedback.mask[:CHUNK]
     return (logprob_in_chunks(policy, tokens, mask) - feedback.ref_logprob[:CHUNK]).mean().item()
 

@@ -146,6 +146,17 @@ def test_where_an_offset_is_balanced_the_loss_moves_no_prompts_responses_all_ali
             assert (by_prompt.abs().max() < 1e-5) == still and pull.abs().max() > 0.01
 
 
+def test_offsets_are_numbers_however_few_the_scores_of_a_prompt():
+    batch = data.take(prepared().feedback, torch.arange(6))      # two a prompt, in thirds
+    batch.labels = torch.tensor([1.0, 1, 0, 0, 1, 0])
+    binary, mixed = (train.METHODS[name] for name in ("una-binary-learned", "una-mixed-estimated"))
+    assert train.balanced_offsets(binary, batch).tolist() == pytest.approx(
+        [logit(0.9999), logit(0.0001), 0.0], abs=1e-2)
+    estimate = train.start_offsets(mixed, batch, 0.25).tolist()  # of the last two alone
+    assert estimate[:2] == [0, 0] and estimate[2] == pytest.approx(
+        una.estimated_offset(batch.scores[4:].logit(), 0.25).item())
+
+
 def test_eq04_an_offset_is_estimated_at_the_losses_beta_and_not_at_the_tasks():
     for multiple in (1, 6):
         _, offsets, _ = run("una-score-estimated", beta_multiple=multiple)
