@@ -189,7 +189,8 @@ def model_reward(reward_model, tokens, mask):
 #              Of pairs all chosen responses come first, then all rejected ones, in the same order.
 #              Of mixed feedback chosen, rejected, binary and scored say which rows are what. For
 #              kto other_tokens, other_mask (B, 7) and other_ref_logprob (B,): mismatched pairs.
-#     fresh    rewards (B,); per_prompt, how many responses in a row answer one prompt; offset, 0;
+#     fresh    rewards (B,); per_prompt, how many responses in a row answer one prompt; is_old (B,),
+#              which of them are stored ones of pi_ref; offset, 0;
 #              for ppo ref_logprobs (B, 4) of the tokens, the value model, and advantages: None
 #              until ppo has made them, and what else has to stay as it was, from its first look.
 def stored_batches(method, shared, size, seed, offsets, ramp=0):
@@ -206,15 +207,25 @@ def stored_batches(method, shared, size, seed, offsets, ramp=0):
         yield batch
 
 
-def fresh_batches(policy, value, shared, size, seed, level=0.0):
-    """`size` samples of the policy as it is, rewarded by the judge or by the reward model."""
+def fresh_batches(policy, value, shared, size, seed, level=0.0, stored=0.0):
+    """`size` samples of the policy as it is, rewarded by the judge or by the reward model. Of each
+    prompt's samples a share `stored` is replaced by stored responses to it, drawn anew each time.
+    """
     prompts = data.encode_prompts(data.TRAIN_PROMPTS).to(policy.wte.weight.device)
     generator = torch.Generator(prompts.device).manual_seed(seed)
     per_prompt = size // len(prompts)
+    old = round(stored * per_prompt)
     x = prompts.repeat_interleave(per_prompt, 0)                                         # (B, 3)
+    is_old = torch.arange(len(x), device=x.device) % per_prompt < old
+    own = [(shared.feedback.prompt == i).nonzero().flatten() for i in range(len(prompts))]
     while True:
         y, y_mask = sample(policy, x, data.MAX_TOKENS, data.EOT, generator)
         tokens, mask = data.join(x, y, y_mask)
+        if old:
+            rows = torch.cat([mine[torch.randint(len(mine), (old,), generator=generator,
+                                                 device=x.device)] for mine in own])
+            tokens[is_old], mask[is_old] = shared.feedback.tokens[rows], shared.feedback.mask[rows]
+        y = tokens[:, data.PROMPT_TOKENS:]
         with torch.no_grad():
             ref_logprobs = logprob(shared.reference, tokens, mask, una.token_logprobs)
             if shared.reward_model:
@@ -222,7 +233,7 @@ def fresh_batches(policy, value, shared, size, seed, level=0.0):
             else:
                 rewards = (data.reward(x, y) + data.prompt_level(x, level)).to(x.device)
         yield SimpleNamespace(tokens=tokens, mask=mask, rewards=rewards, per_prompt=per_prompt,
-                              ref_logprob=ref_logprobs.sum(1), ref_logprobs=ref_logprobs,
+                              is_old=is_old, ref_logprob=ref_logprobs.sum(1), ref_logprobs=ref_logprobs,
                               offset=0.0, value=value, advantages=None)
 
 
@@ -292,8 +303,8 @@ def kto(policy, batch, beta):
 
 
 def una_online(policy, batch, beta):
-    """Eq. 7 on fresh samples. There any f(x) + c leaves the mean gradient as it is; the mean
-    residual of a prompt's samples takes out most of its noise."""
+    """Eq. 7 on fresh samples, with the mean residual of a prompt's samples for f(x) + c. On fresh
+    ones it takes out most of the noise; on stored ones among them it is the right one."""
     reward = implicit_reward(policy, batch, beta)
     residual = (batch.rewards - reward).detach().view(-1, batch.per_prompt)      # prompt by prompt
     offset = residual.mean(1, keepdim=True).expand_as(residual)                  # f(x) + c
@@ -306,7 +317,21 @@ def una_online_score(policy, batch, beta):
     return una.una_score_loss(reward, una.implicit_score(batch.rewards))
 
 
+def rloo(policy, batch, beta):
+    """Eq. 3 by REINFORCE, with the mean of the prompt's other samples for a baseline."""
+    return una.rloo_loss(logprob(policy, batch.tokens, batch.mask), batch.ref_logprob,
+                         batch.rewards, batch.per_prompt, beta)
+
+
 PPO_CLIP, PPO_LAMBDA = 0.2, 1.0                     # of ratio and value; of advantages
+
+
+def grpo(policy, batch, beta):
+    """GRPO, one step on a batch, so that every ratio is 1."""
+    logprobs = logprob(policy, batch.tokens, batch.mask, una.token_logprobs)     # (B, 4)
+    return una.grpo_loss(logprobs, logprobs.detach(), batch.ref_logprobs,
+                         una.grpo_advantages(batch.rewards, batch.per_prompt),
+                         batch.mask[:, data.PROMPT_TOKENS:], beta, PPO_CLIP)
 
 
 def ppo(policy, batch, beta):
@@ -335,6 +360,7 @@ class Method(NamedTuple):
     offset: str = "zero"        # f(x) + c: zero, estimated or learned, one number a prompt
     ramp: float = 0.0           # share of the steps in which an estimate is moved to
     anchor: float = 0.0         # what KL(pi_ref || pi) costs beside a loss of pairs
+    stored: float = 0.0         # share of the samples that are stored responses of pi_ref
     epochs: int = 1             # optimiser steps on each batch
     value_model: bool = False   # is one trained beside the policy?
     mismatched: bool = False    # does the loss need mismatched pairs?
@@ -357,7 +383,10 @@ METHODS = {
     "dpo": Method("pairs", dpo, 1e-3, 4),
     "kto": Method("binary", kto, 2e-3, 0.125, mismatched=True),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
+    "una-online-stored": Method("fresh", una_online, 1.2e-2, 1, stored=0.25),
     "una-online-score": Method("fresh", una_online_score, 1e-3, 0.5),
+    "rloo": Method("fresh", rloo, 1.2e-2, 1),
+    "grpo": Method("fresh", grpo, 6e-3, 1),
     "ppo": Method("fresh", ppo, 6e-3, 1, value_model=True),
 }
 
@@ -432,7 +461,8 @@ def begin(method, settings, seed, shared, offsets=None):
     policy = copy.deepcopy(shared.reference).requires_grad_(True)
     value = ScalarGPT(policy).to(settings.device) if method.value_model else None
     if method.feedback == "fresh":
-        batches = fresh_batches(policy, value, shared, settings.batch, seed, settings.level)
+        batches = fresh_batches(policy, value, shared, settings.batch, seed, settings.level,
+                                method.stored)
         return policy, batches, value, None
     if offsets is None:
         offsets = start_offsets(method, shared.feedback, method.beta_multiple * settings.beta)

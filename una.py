@@ -213,10 +213,17 @@ def implicit_score(reward):
 #      baseline, and Z is never needed.
 #   3. What is left of b is the noise. At the optimum r_phi - beta rho = beta log Z(x) for every y.
 #      With that b every single term is zero, not only their mean.
-#     On old samples (from pi_ref, say) 2 fails: the mean of grad log pi is not zero there, so that
-#     b does not drop out. 3 still holds: with b = beta log Z every residual is 0 at pi*, which
-#     makes pi* a minimum, the only one if the samples reach all responses. With b = 0 it is one
-#     only if Z = 1.
+# On samples of any other mu, stored ones of pi_ref, say, or both kinds, 2 fails: the mean of
+#     grad log pi is not zero there, so that b does not drop out. 3 still holds: with
+#     b = beta log Z every residual is 0 at pi*, which makes pi* a minimum, the only one if mu
+#     reaches all responses. With b = 0 it is one only if Z = 1. And Z need not be known. The best b
+#     for given residuals is their mean, where the loss is their variance under mu,
+#         min_b E_mu (r_phi - beta rho - b)^2 = Var_mu (r_phi - beta rho),
+#     with no gradient through b, which is at its minimum. It is 0 if and only if all residuals are
+#     the same, on all that mu reaches: at pi*. So the mean residual of a prompt's samples is the
+#     right f(x) + c whoever drew them. (Known: the log-variance of Richter et al. 2020, VarGrad.)
+# Weights pi/mu would make old samples stand for fresh ones, and Eq. 7 the policy gradient again;
+#     but where pi has given a response up, the weight is 0, and what mu saw there is lost.
 def una_reward_loss(implicit, explicit_reward):
     """Eq. 7: (r_phi - r_theta)^2.
 
@@ -397,7 +404,7 @@ def kl_estimate(logprob, ref_logprob, k):
 #     Its derivative in pi(y) is r + beta pi_ref/pi, the same number lambda(x) for all y. So
 #         pi(y|x) = beta pi_ref / (lambda(x) - r),
 #     which is not pi*: it falls off as 1/(lambda - r) and not exponentially. No pi(y) is above 1,
-#     so lambda >= max (r + beta pi_ref); and at lambda = max r + beta the sum is at most 1.
+#     so lambda >= max (r + beta pi_ref). From there the sum falls, and is convex in lambda.
 def k3_optimal_policy(ref_logprobs, rewards, beta):
     """The policy that maximises E r - beta KL(pi_ref || pi), where k3 in the loss leads.
 
@@ -406,13 +413,15 @@ def k3_optimal_policy(ref_logprobs, rewards, beta):
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
-    low = (rewards + beta * ref_logprobs.exp()).amax(-1, keepdim=True)
-    high = rewards.amax(-1, keepdim=True) + beta
-    for _ in range(100):                                         # the sum falls as lambda grows
-        middle = (low + high) / 2
-        above = (beta * ref_logprobs.exp() / (middle - rewards)).sum(-1, keepdim=True) > 1
-        low, high = middle.where(above, low), high.where(above, middle)
-    return (beta * ref_logprobs.exp() / (high - rewards)).log()
+    weight = beta * ref_logprobs.exp()
+    lam = (rewards + weight).amax(-1, keepdim=True)              # where the sum is 1 or more
+    for _ in range(50):                                          # Newton, which stays below
+        total, slope = ((weight / (lam - rewards) ** n).sum(-1, keepdim=True) for n in (1, 2))
+        lam = lam + (total - 1) / slope
+        if total.max() < 1 + 1e-12:
+            break
+    logprobs = (weight / (lam - rewards)).log()
+    return logprobs - logprobs.logsumexp(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------- PPO, RLHF's usual optimiser
@@ -503,6 +512,69 @@ def ppo_value_loss(values, old_values, targets, mask, clip):
     held = old_values + (values - old_values).clamp(-clip, clip)
     error = torch.maximum((values - targets) ** 2, (held - targets) ** 2)
     return 0.5 * error.sum(1)
+
+
+# ---------------------------------------------------------------- RLOO and GRPO
+# Today's RLHF has no value model: it gives each prompt a group of n samples, and what the others
+# reach says what is to be expected. Below, the responses of a group stand in n consecutive rows.
+def _groups(reward, n):
+    """(B,) as (B/n, n). ValueError unless n >= 2 divides B."""
+    if n < 2 or len(reward) % n:
+        raise ValueError(f"{len(reward)} responses are no groups of {n}")
+    return reward.view(-1, n)
+
+
+# RLOO (Kool et al. 2019, Ahmadian et al. 2024). The reward has the KL in it, as k1,
+#         R_i = r_i - beta rho_i,     A_i = R_i - 1/(n-1) sum_{j != i} R_j,
+#     and the loss is -A log pi, A held. The others' mean knows nothing of y_i: a baseline, and by
+#     step 2 of Eq. 7 the mean gradient is -grad J. As A_i = n/(n-1) (R_i - mean R), it is sample by
+#     sample that of Eq. 7 with f(x) + c = mean R, times n / (2 beta (n-1)).
+def rloo_loss(logprob, ref_logprob, reward, n, beta):
+    """RLOO, from its own papers: -A log pi of whole responses, n of each prompt in a row.
+
+    Log-probabilities (B,), nats, sums; reward (B,). Returns (B,), nats times a reward; only its
+    gradient means something. ValueError if shapes differ, or unless n >= 2 divides B.
+    """
+    shapes = [tuple(t.shape) for t in (logprob, ref_logprob, reward)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
+    R = _groups((reward - beta * (logprob - ref_logprob)).detach(), n)
+    others = (R.sum(1, keepdim=True) - R) / (n - 1)
+    return -(R - others).flatten() * logprob
+
+
+# GRPO (Shao et al. 2024): A_i = (r_i - mean r) / std r for all tokens of y_i, PPO's clipped ratio,
+#     k3 of each token beside it, and the mean over a response's tokens:
+#         L_i = -1/|y_i| sum_t [ min(w_t A_i, clip(w_t, 1 - eps, 1 + eps) A_i) - beta k3_t ].
+#     A token's k3 is held like the samples, so that at a prefix h its mean gradient is that of
+#     KL(pi_ref(.|h) || pi(.|h)) alone; that a token leads to prefixes where more is to be paid, no
+#     gradient says. So (with undivided A, and but for 1/|y|) the policy stands still where at each
+#     h it is k3_optimal_policy of what a token gets from there on, Q(h, token) = E_{y~pi} r: that
+#     can be worked out from the last token back, and it is not pi*.
+#     Division by the spread of the group's rewards has the price beta std r in place of beta: as a
+#     policy sharpens it pays less and less.
+def grpo_advantages(reward, n, divide=True):
+    """GRPO's A: how far a reward (B,) lies above its group's mean, in units of its spread (B,).
+
+    n responses of each prompt in a row. Without divide in units of reward (Liu et al. 2025,
+    Dr. GRPO). A group of equal rewards has A = 0. ValueError unless n >= 2 divides B.
+    """
+    groups = _groups(reward, n)
+    above = groups - groups.mean(1, keepdim=True)
+    return (above / (groups.std(1, keepdim=True) + 1e-4) if divide else above).flatten()
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, beta, clip, k=3):
+    """GRPO's loss, mean over the response's tokens (Shao et al. 2024, their Eq. 3 and 4).
+
+    logprobs, old_logprobs, ref_logprobs (B, T) of tokens, nats; advantage (B,); mask (B, T) bool.
+    k: which estimate of the KL stands beside it. Returns (B,). ValueError if shapes do not fit.
+    """
+    _alike(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    _alike(advantage=advantage, rows_of_mask=mask.any(1))
+    policy = ppo_policy_loss(logprobs, old_logprobs, advantage[:, None].expand_as(mask), mask, clip)
+    kl = kl_estimate(logprobs.where(mask, 0.0), ref_logprobs.where(mask, 0.0), k)     # 0 off it
+    return (policy + beta * kl.sum(1)) / mask.sum(1)
 
 
 # ---------------------------------------------------------------- the paper in three responses

@@ -82,9 +82,10 @@ def settle(lab):
     lost_models, cells = campaign.tune(MODEL_GRIDS, MOVES, lambda *what: model_lost(lab, *what))
     models = []
     for key, cell in cells.items():
-        beta = ("beta_multiple", dict(cell)["beta_multiple"])
+        beta = dict(beta_multiple=dict(cell)["beta_multiple"])
         models += [at(key, cell, seed=seed, look=tuple(
-            Run(name, level=1.0, cell=(*best[Run(name, reward="model")], beta), seed=seed, points=6)
+            Run(name, level=1.0, cell=tuple((dict(best[Run(name)]) | beta).items()), seed=seed,
+                points=6)
             for name in ONLINE)) for seed in REPORTED_SEEDS]
     return dict(predictions=PREDICTIONS,
                 tuning=campaign.rows_of(lost, chosen) + campaign.rows_of(lost_models, cells),

@@ -23,8 +23,8 @@ TRAINS = ("una.py", "model.py", "data.py", "train.py", "lab/exact.py", "lab/vari
 
 
 class Run(NamedTuple):
-    """One result. method is of train.METHODS; or what there is without training, reference and
-    optimum; or "reward model"."""
+    """One result. method is of train.METHODS; or what there is without training: reference,
+    optimum, theory (of GRPO); or "reward model"."""
     method: str
     offset: str = "zero"        # or estimated, learned, exact, from zero: learned from there
     level: float = 0.0

@@ -264,6 +264,41 @@ def noting(batches, world, judged):
         yield batch
 
 
+# ---------------------------------------------------------------- where GRPO stands still
+# A loss whose KL at a token is held but for that token's own logits (una.py, at GRPO) stands still
+# where at each prefix h, with Q(h, token) = E_{y~pi} r of what a token leads to,
+#     pi(.|h) = tilt(pi_ref(.|h), Q(h, .), beta).
+# pi is needed behind h alone, so that this is worked out from the last token back.
+def by_token(world, rewards, beta, tilt):
+    """log pi (X, Y) of that policy. tilt: una.k3_optimal_policy of GRPO, una.optimal_policy's first
+    where k2 stands for k3."""
+    words = data.ENCODING.n_vocab - 1
+    sizes = [words ** n for n in range(data.MAX_TOKENS + 1)]     # prefixes of n words
+    ends, value = (part.split(sizes, 1) for part in (world.ref_logprobs, rewards))
+    begins, Q, choices = ends[-1], value[-1], []                 # log pi_ref of all that begins so
+    for n in reversed(range(data.MAX_TOKENS)):
+        begins, Q = (torch.cat([end[n][..., None], further.view(len(Q), -1, words)], 2)
+                     for end, further in ((ends, begins), (value, Q)))                # (X, W^n, V)
+        total = begins.logsumexp(2)
+        choices.append(tilt(begins - total[..., None], Q, beta))
+        begins, Q = total, expect(choices[-1], Q)
+    string, depths = torch.zeros_like(begins), []                # log pi of n words
+    for choice in reversed(choices):
+        depths.append(string + choice[..., 0])
+        string = (string[..., None] + choice[..., 1:]).flatten(1)
+    return torch.cat([*depths, string], 1)
+
+
+def by_spread(world, beta, tilt, rounds=12):
+    """by_token where advantages are divided by their spread under the policy itself."""
+    logprobs = world.ref_logprobs
+    for _ in range(rounds):
+        mean = expect(logprobs, world.rewards)[:, None]
+        spread = expect(logprobs, (world.rewards - mean) ** 2).sqrt()[:, None]
+        logprobs = by_token(world, world.rewards / spread, beta, tilt)
+    return logprobs
+
+
 # ---------------------------------------------------------------- the frontier
 # pi_ref e^{r/b} / Z maximises E r - b KL (Eq. 4): no policy of its KL has more reward. All
 # responses of one reward are tilted alike, so the values are enough.

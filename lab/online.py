@@ -1,45 +1,71 @@
-"""Fresh samples: UNA beside RLHF/PPO, on the judge's reward and on a reward model's.
+"""Fresh samples: online UNA beside RLHF by PPO, RLOO and GRPO; and what stored samples among them do.
 
     python -m lab online                 goes on where it stopped; an hour and a half on two cores
+
+Rules are those of lab/stored.py. Where a run has no grid of its own it has the cell of the method
+that it varies.
 """
 from lab import campaign, run
 from lab.campaign import REPORTED_SEEDS, Run, at, results
 
-UNA_ONLINE = dict(learning_rate=(1e-3, 2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
-                  leave_one_out=(False, True))
-PPO = dict(learning_rate=(1.5e-3, 3e-3, 6e-3, 1.2e-2), epochs=(1, 2), divide=(False, True))
+UNA, STORED, SCORE, PPO, RLOO, GRPO = (Run(name) for name in (
+    "una-online", "una-online-stored", "una-online-score", "ppo", "rloo", "grpo"))
+RATES = dict(learning_rate=(6e-3, 8e-3, 1.2e-2), beta_multiple=(1,))
 GRIDS = {
-    Run("una-online"): UNA_ONLINE,
-    Run("una-online-score"): dict(learning_rate=(1e-3, 2e-3, 4e-3, 8e-3),
-                                  beta_multiple=(0.25, 0.5, 1, 2)),
-    Run("ppo"): PPO,
-    Run("una-online", reward="model"): UNA_ONLINE,
-    Run("ppo", reward="model"): PPO,
+    UNA: RATES, STORED: RATES, RLOO: RATES,
+    SCORE: dict(learning_rate=(1e-3, 2e-3), beta_multiple=(0.25, 0.5)),
+    PPO: dict(learning_rate=(3e-3, 6e-3, 1.2e-2), beta_multiple=(1,)),
+    GRPO: dict(learning_rate=(3e-3, 6e-3, 1.2e-2), beta_multiple=(1, 2)),
 }
-MOVES = 2
-CURVES = {Run("una-online"): 11, Run("ppo"): 11, Run("una-online-score"): 6}
+MOVES = 1
+VARIANTS = ("undivided", "undivided, k2")                        # of GRPO
+POINTS = 11                                                      # of a learning curve
 
-# Fixed before any reported seed ran. Lost is a median over the seeds.
+# Fixed before any reported seed ran, with single runs on tuning seeds seen. Lost is a median over
+# the seeds where nothing else is said.
 PREDICTIONS = dict(
-    online="`una-online` loses at most 0.1 %",
-    alike="`una-online` and `ppo` end alike: their eight differences have both signs",
-    sooner="`una-online` needs at most half of `ppo`'s seconds to 99 % of the gain",
+    alike="`una-online`, `rloo` and `ppo` end alike: the eight differences of each two have both "
+          "signs",
+    steady="no seed of `una-online-stored` loses more than 2 %",
+    grpo="`grpo` and its two variants lose what theory says, within a third of it or 1 %",
+    score="`una-online-score`, Eq. 9 with f = c = 0, loses more than `ppo` on every seed",
+    share="a share of 2, 4 or 8 stored responses of 16 loses at most 1 %",
+    collapsed="from a collapsed policy `una-online` loses more than 50 %, and with stored responses "
+              "at most 2 %",
+    weights="from there `rloo` with weighted stored responses loses more than `una-online-stored` on "
+            "every seed",
+    sooner="`una-online` needs at most three quarters of `ppo`'s seconds for as many samples",
 )
+
+
+def knobs(key, chosen, **more):
+    """A Run in the best cell of its grid, with some knobs set otherwise."""
+    return at(key, tuple((dict(chosen[key]) | more).items()))
 
 
 def reported(chosen):
     """The Runs, without a seed, of all that is reported; chosen: the best cell of each of GRIDS."""
-    ppo = dict(chosen[Run("ppo")])
-    other = tuple((ppo | dict(divide=not ppo["divide"])).items())
-    return [*(at(key, chosen[key], points=CURVES.get(key, 1)) for key in GRIDS),
-            at(Run("una-online"), chosen[Run("una-online")], level=1.0),
-            at(Run("ppo"), other)]
+    runs = [at(key, chosen[key], points=POINTS) for key in GRIDS]
+    runs += [at(UNA, chosen[UNA], level=1.0)]
+    runs += [knobs(GRPO, chosen, loss=loss, beta_multiple=1) for loss in VARIANTS]
+    runs += [knobs(STORED, chosen, stored=share) for share in (0.125, 0.5)]
+    runs += [knobs(STORED, chosen, loss="own mean"),
+             knobs(RLOO, chosen, stored=0.25, loss="weighted rloo"), knobs(PPO, chosen, stored=0.25)]
+    collapsed = [(UNA, {}), (STORED, {}), (PPO, {}), (PPO, dict(stored=0.25)),
+                 (PPO, dict(stored=0.25, loss="weighted ppo")),
+                 (RLOO, dict(stored=0.25, loss="weighted rloo"))]
+    runs += [knobs(key, chosen, collapsed=True, **more) for key, more in collapsed]
+    return runs + [at(key, chosen[key], reward="model") for key in (UNA, STORED, PPO)]
 
 
 def settle(lab):
     """What online.json says."""
     lost, chosen = campaign.tune(GRIDS, MOVES, campaign.lost_of(lab))
-    runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in reported(chosen)
+    told = reported(chosen)
+    runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in told
                                            for seed in REPORTED_SEEDS])
+    theory = results(lab, "theory", [its._replace(method="theory", seed=seed, points=1)
+                                     for its in told if its.method == "grpo"
+                                     for seed in REPORTED_SEEDS])
     return dict(versions=run.versions(), flags=lab.flags, predictions=PREDICTIONS,
-                tuning=campaign.rows_of(lost, chosen), runs=runs)
+                tuning=campaign.rows_of(lost, chosen), runs=runs, theory=theory)

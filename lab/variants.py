@@ -4,6 +4,7 @@ reward models and their optima.
 `entry` makes the result of one campaign.Run; all that it knows besides is what train.prepare made.
 """
 import copy
+import math
 
 import torch
 
@@ -15,34 +16,61 @@ from model import sample
 
 
 # ---------------------------------------------------------------- losses
-def una_online_others(policy, batch, beta):
-    """train.una_online, with the mean of the prompt's other samples. Sample by sample that has
-    n / (n - 1) times the gradient, and changes nothing else."""
+def una_online_own(policy, batch, beta):
+    """train.una_online, with the mean residual of the policy's own samples alone."""
     reward, n = train.implicit_reward(policy, batch, beta), batch.per_prompt
-    residual = (batch.rewards - reward).detach().view(-1, n)
-    others = (n * residual.mean(1, keepdim=True) - residual) / (n - 1)
-    return una.una_reward_loss(reward + others.flatten(), batch.rewards)
+    residual = (batch.rewards - reward).detach().where(~batch.is_old, math.nan).view(-1, n)
+    offset = residual.nanmean(1).repeat_interleave(n)
+    return una.una_reward_loss(reward + offset, batch.rewards)
 
 
-def ppo_divided(policy, batch, beta):
-    """train.ppo with its advantages divided by their deviation, as is usual. As they vanish, that
-    blows their noise up again."""
+def rloo_weighted(policy, batch, beta):
+    """train.rloo, stored responses weighed by pi/pi_ref: in the mean they stand for fresh ones."""
+    rho = train.logprob_in_chunks(policy, batch.tokens, batch.mask) - batch.ref_logprob
+    return train.rloo(policy, batch, beta) * rho.exp().where(batch.is_old, 1.0)
+
+
+def ppo_weighted(policy, batch, beta):
+    """train.ppo, whose clipped ratio of a stored response is to pi_ref, which wrote it."""
     if batch.advantages is None:
-        train.ppo(policy, batch, beta)                           # makes them
-        response = batch.mask[:, data.PROMPT_TOKENS:]
-        batch.advantages = batch.advantages / (batch.advantages[response].std() + 1e-8)
+        train.ppo(policy, batch, beta)                           # notes what is old
+        batch.old_logprobs = batch.ref_logprobs.where(batch.is_old[:, None], batch.old_logprobs)
     return train.ppo(policy, batch, beta)
 
 
+def grpo_undivided(k):
+    """train.grpo without the division by the spread of rewards, and with kk for the KL."""
+    def loss(policy, batch, beta):
+        logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
+        advantages = una.grpo_advantages(batch.rewards, batch.per_prompt, divide=False)
+        return una.grpo_loss(logprobs, logprobs.detach(), batch.ref_logprobs, advantages,
+                             batch.mask[:, data.PROMPT_TOKENS:], beta, train.PPO_CLIP, k)
+    return loss
+
+
+LOSSES = {"own mean": una_online_own, "weighted rloo": rloo_weighted, "weighted ppo": ppo_weighted,
+          "undivided": grpo_undivided(3), "undivided, k2": grpo_undivided(2)}
+
+
 def method_of(its):
-    """The train.Method of a Run: a knob of its cell is a field of the Method, or picks a loss."""
+    """The train.Method of a Run: a knob of its cell is a field of the Method, or names a loss."""
     cell, method = dict(its.cell), train.METHODS[its.method]
-    loss = method.loss
-    if cell.pop("leave_one_out", False):
-        loss = una_online_others
-    if cell.pop("divide", False):
-        loss = ppo_divided
+    cell.pop("collapsed", None)
+    loss = LOSSES.get(cell.pop("loss", None), method.loss)
     return method._replace(loss=loss, offset=its.offset, **cell)
+
+
+def collapse(policy, world, steps=300):
+    """Trains the policy to answer each prompt by one sentence alone, the likeliest of pi_ref's
+    about a wrong noun: what is left of a policy that has lost its way."""
+    responses, mask = exact.all_responses(data.ENCODING.n_vocab, data.MAX_TOKENS, data.EOT)
+    wrong = world.kinds == exact.KINDS.index("wrong noun")
+    rows = world.ref_logprobs.where(wrong, -math.inf).argmax(1)
+    tokens, mask = (part.to(policy.wte.weight.device) for part in data.join(
+        world.prompts, responses[rows], mask[rows]))
+    optimizer = torch.optim.Adam(policy.parameters(), fused=True)
+    for step in range(1, steps + 1):
+        train.descend(optimizer, -train.logprob(policy, tokens, mask).mean(), 3e-3, step, steps)
 
 
 def given_offsets(its, shared, beta):
@@ -61,6 +89,8 @@ def beta_log_z(shared, beta):
 def entry(its, settings, prepared):
     """The result of a campaign.Run, a dictionary; prepared is what train.prepare gave."""
     shared, start, best = prepared
+    if its.method == "theory":
+        return grpo_theory(its, shared.worlds["train"])
     if its.method in ("reference", "optimum"):
         told = start if its.method == "reference" else best
         return {name: told[name] for name in told if name not in ("dots", "samples")}
@@ -81,6 +111,8 @@ def trained(its, settings, shared):
     beta, fresh = method.beta_multiple * settings.beta, method.feedback == "fresh"
     policy, batches, value, offsets = train.begin(method, settings, its.seed, shared,
                                                   given_offsets(its, shared, beta))
+    if dict(its.cell).get("collapsed"):
+        collapse(policy, worlds["train"])
     judged = torch.zeros_like(worlds["train"].rewards, dtype=torch.bool)
     batches = exact.noting(batches, worlds["train"], judged)
 
@@ -122,6 +154,19 @@ def trained(its, settings, shared):
     if fresh and shared.reward_model:
         told["reward_model"] = reward_model_report(shared, policy, its.seed)
     return told | dict(curve=curve, method_beta=beta)
+
+
+def grpo_theory(its, world):
+    """Where its cell of GRPO stands still, worked out and not trained."""
+    cell = dict(its.cell)
+    beta, divided = cell["beta_multiple"] * world.beta, "loss" not in cell
+    tilt = una.k3_optimal_policy
+    if cell.get("loss") == "undivided, k2":
+        def tilt(*of):
+            return una.optimal_policy(*of)[0]
+    logprobs = (exact.by_spread(world, beta, tilt) if divided
+                else exact.by_token(world, world.rewards, beta, tilt))
+    return dict(train=exact.evaluate(world, logprobs))
 
 
 def counting(loss):

@@ -260,8 +260,8 @@ FILE = json.loads((campaign.ROOT / "lab" / "stored.json").read_text(encoding="ut
 
 
 def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
-    for grids, size in ((stored.GRIDS, 6), (online.GRIDS, 16), (budget.MODEL_GRIDS, 27)):
-        assert {len({*campaign.cells_of(grid)}) for grid in grids.values()} == {size}
+    for grids, sizes in ((stored.GRIDS, {6}), (online.GRIDS, {3, 4, 6}), (budget.MODEL_GRIDS, {27})):
+        assert {len({*campaign.cells_of(grid)}) for grid in grids.values()} == sizes
     assert {(key.judged, key.level) for key in budget.GRIDS | budget.MODEL_GRIDS} == {
         (size, 1.0) for size in (1200, 9600, 76_800)}
     losses = {variants.method_of(key).loss for key in stored.GRIDS | online.GRIDS}
@@ -323,10 +323,10 @@ def test_a_run_is_trained_by_its_method_with_the_knobs_of_its_cell():
                                  ("anchor", 2)))
         assert variants.method_of(its) == own._replace(learning_rate=0.125, beta_multiple=3,
                                                        ramp=0.5, anchor=2)
-    for name, knob, loss in (("ppo", "divide", variants.ppo_divided),
-                             ("una-online", "leave_one_out", variants.una_online_others)):
-        method, other = (variants.method_of(Run(name, cell=((knob, on),))) for on in (True, False))
-        assert method == other._replace(loss=loss) and other == train.METHODS[name]
+    for name, loss in variants.LOSSES.items():
+        cell = (("loss", name), ("collapsed", True), ("stored", 0.5))
+        assert variants.method_of(Run("rloo", cell=cell)) == train.METHODS["rloo"]._replace(
+            loss=loss, stored=0.5)
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.0625])
@@ -341,31 +341,62 @@ def test_the_exact_offset_is_beta_log_z_at_the_losss_own_beta(beta):
     assert given["learned"] is None is given["estimated"]
 
 
-def test_eq07_the_mean_of_the_others_has_n_over_n_minus_1_of_the_gradient_sample_by_sample(
-        monkeypatch):
-    monkeypatch.setattr(train, "implicit_reward", lambda reward, batch, beta: reward)
-    normal = normals(0)
-    reward, batch = normal(12), SimpleNamespace(rewards=normal(12), per_prompt=4)
-    own, others = (gradient(lambda r: loss(r, batch, 0.25), reward)
-                   for loss in (train.una_online, variants.una_online_others))
-    assert close(others, own * 4 / 3) and own.abs().min() > 0.01
-    left = (batch.rewards - reward).view(3, 4)
-    expected = [(left[i, j] - torch.cat([left[i, :j], left[i, j + 1:]]).mean()).item() ** 2
-                for i in range(3) for j in range(4)]
-    assert close(variants.una_online_others(reward, batch, 0.25), expected)
+def stored_batch(model, share=0.25):
+    return next(train.fresh_batches(model, ScalarGPT(model).double(), shared(), 48, 0,
+                                    stored=share))
 
 
-def test_ppo_divided_is_ppo_with_its_advantages_of_deviation_1_and_divides_once():
+def test_a_share_of_each_prompts_samples_is_drawn_from_its_stored_responses():
+    model, feedback = policy(2.0), shared().feedback             # far: it writes other responses
+    fresh, mixed = (stored_batch(model, share) for share in (0.0, 0.25))
+    assert not fresh.is_old.any() and mixed.is_old.view(3, 16).sum(1).tolist() == [4, 4, 4]
+    told = {(*row, *mask) for row, mask in zip(feedback.tokens.tolist(), feedback.mask.tolist())}
+    rows = [(*row, *mask) for row, mask in zip(mixed.tokens.tolist(), mixed.mask.tolist())]
+    assert {row for row, old in zip(rows, mixed.is_old) if old} <= told
+    assert torch.equal(mixed.tokens[~mixed.is_old], fresh.tokens[~mixed.is_old])
+    assert torch.equal(mixed.tokens[:, :3], fresh.tokens[:, :3])             # prompt by prompt
+    assert torch.equal(mixed.rewards, data.reward(mixed.tokens[:, :3], mixed.tokens[:, 3:]))
+    assert close(mixed.ref_logprob, train.logprob_in_chunks(shared().reference, mixed.tokens,
+                                                            mixed.mask))
+
+
+def test_what_is_made_of_stored_samples_beside_the_mean_residual_of_all():
     model = policy()
-    batch = next(train.fresh_batches(model, ScalarGPT(model).double(), shared(), 48, 0))
-    plain = copy.copy(batch)
-    train.ppo(model, plain, 0.25)
-    deviation = statistics.stdev(plain.advantages[batch.mask[:, 3:]].tolist())
-    assert abs(deviation - 1) > 0.1
-    plain.advantages = plain.advantages / (deviation + 1e-8)
-    for _ in range(2):
-        assert close(variants.ppo_divided(model, batch, 0.25), train.ppo(model, plain, 0.25))
-    assert close(batch.advantages, plain.advantages)
+    batch, old = stored_batch(model), stored_batch(model).is_old
+    rho = train.logprob(model, batch.tokens, batch.mask) - batch.ref_logprob
+    residual = (batch.rewards - 0.25 * rho).detach()
+    means = [residual[i:i + 16][~old[:16]].mean() for i in (0, 16, 32)]      # of its own
+    expected = (residual - torch.stack(means).repeat_interleave(16)) ** 2
+    assert close(variants.una_online_own(model, batch, 0.25).double(), expected.double(), 1e-6)
+    # Weights: in the mean a stored response stands for a fresh one.
+    ours, plain = (loss(model, batch, 0.25) for loss in (variants.rloo_weighted, train.rloo))
+    assert close(ours / plain, rho.exp().where(old, 1.0).detach(), 1e-5)
+    variants.ppo_weighted(model, batch, 0.25)
+    own = train.logprob(model, batch.tokens, batch.mask, train.una.token_logprobs).detach()
+    assert torch.equal(batch.old_logprobs[old].float(), batch.ref_logprobs[old])
+    assert torch.equal(batch.old_logprobs[~old], own[~old]) and batch.advantages.abs().max() > 0
+
+
+def test_grpo_undivided_is_grpo_with_rewards_less_their_groups_mean(monkeypatch):
+    model = policy()
+    batch = stored_batch(model, 0.0)
+    divided = train.grpo(model, batch, 0.25)
+    monkeypatch.setattr(torch.Tensor, "std", lambda of, *_, **__: torch.ones(()))
+    ones = train.grpo(model, batch, 0.25)                        # divided by 1
+    assert close(variants.LOSSES["undivided"](model, batch, 0.25), ones, 1e-3)
+    assert not close(divided, ones, 0.1)
+    assert not close(variants.LOSSES["undivided, k2"](model, batch, 0.25), ones, 1e-6)
+
+
+def test_a_collapsed_policy_says_one_sentence_about_a_wrong_noun():
+    model = copy.deepcopy(shared().reference).requires_grad_(True)
+    at = copy.copy(world())
+    at.kinds = torch.where(at.rewards < -0.5, exact.KINDS.index("wrong noun"), 0)
+    variants.collapse(model, at, steps=200)
+    logprobs = exact.policy_logprobs(model, at.prompts)
+    top = logprobs.argmax(1)
+    assert (logprobs.exp().amax(1) > 0.3).all() and at.ref_logprobs.max().exp() < 0.2
+    assert top.tolist() == at.ref_logprobs.where(at.rewards < -0.5, -math.inf).argmax(1).tolist()
 
 
 # ---------------------------------------------------------------- what is measured
@@ -387,11 +418,11 @@ def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypat
         gradients = [torch.cat([part.flatten() for part in torch.autograd.grad(
             loss(model, next(batches), 0.25).mean(), [*model.parameters()])]) for _ in range(8)]
         return torch.stack(gradients).var(0).sum().item()
-    assert min(noise(train.una_online), noise(variants.una_online_others)) > 1e-3
+    assert min(noise(train.una_online), noise(train.rloo)) > 1e-3
     monkeypatch.setattr(data, "reward", optimal_here)
-    assert max(noise(train.una_online), noise(variants.una_online_others)) < 1e-20
+    assert max(noise(train.una_online), noise(train.rloo)) < 1e-20
     assert noise(train.ppo) > 1e-3              # its values, 0 here, are not the baseline
-    assert noise(variants.ppo_divided) > 1e-3   # advantages are scaled to deviation 1, always
+    assert noise(train.grpo) > 1e-3             # its own optimum is another policy
 
 
 def test_the_end_is_measured_exactly_and_how_far_an_offset_ended_from_beta_log_z():
@@ -508,7 +539,7 @@ def test_a_part_of_a_world_is_the_world_of_those_prompts():
 
 
 def test_a_run_on_a_reward_model_is_measured_by_the_model_and_by_the_judge():
-    cell = (("learning_rate", 1e-2), ("leave_one_out", True), ("beta_multiple", 2))
+    cell = (("learning_rate", 1e-2), ("stored", 0.25), ("beta_multiple", 2))
     online = [short("una-online", cell=cell, steps=7), short("ppo", cell=cell[:1], steps=7)]
     its = short("reward model", cell=cell[::2], steps=7, look=tuple(online))
     told, on = entry(its), shared()

@@ -1,10 +1,18 @@
 """The KL on samples: what k1, k2 and k3 are as numbers and as losses. A world of 15 responses, all
-listed, in float64: each mean is a sum, and nothing is sampled."""
+listed, in float64: each mean is a sum, and nothing is sampled. And what stands on it: RLOO, GRPO,
+and stored samples among fresh ones."""
+import copy
+import math
+import statistics
+
 import pytest
 import torch
 
+import data
 import una
 from helpers import close, gradient, near, normals
+from lab import exact
+from toy import small
 
 BETA = 0.3
 
@@ -99,3 +107,152 @@ def test_kl_refuses_what_does_not_fit(world):
         una.kl_estimate(theta[:1], ref, 2)
     with pytest.raises(ValueError, match="beta must be positive"):
         una.k3_optimal_policy(ref, rewards, 0)
+
+
+# ---------------------------------------------------------------- RLOO and GRPO
+def test_rloo_is_eq07_with_the_mean_residual_sample_by_sample_but_for_a_factor():
+    (policy, ref, rewards), n = normals(3)(3, 12), 4
+    rloo = gradient(lambda p: una.rloo_loss(p, ref, rewards, n, BETA), policy)
+    R = (rewards - BETA * (policy - ref)).tolist()               # its papers', one by one
+    groups = [R[i - i % n:i - i % n + n] for i in range(12)]
+    A = torch.tensor([R[i] - (sum(group) - R[i]) / (n - 1) for i, group in enumerate(groups)])
+    assert close(rloo, -A.double(), 1e-6)
+    offset = torch.tensor(groups).mean(1).double()
+    eq07 = gradient(lambda p: una.una_reward_loss(
+        una.implicit_reward(p, ref, BETA, offset), rewards), policy)
+    assert close(eq07 * n / (2 * BETA * (n - 1)), rloo, 1e-6)
+    # No gradient flows through the KL in the reward: -log pi has the slope -A, and that is all.
+    assert close(una.rloo_loss(policy, ref, rewards, n, BETA), -A.double() * policy, 1e-6)
+    for wrong in (1, 5):
+        with pytest.raises(ValueError, match=f"12 responses are no groups of {wrong}"):
+            una.rloo_loss(policy, ref, rewards, wrong, BETA)
+    with pytest.raises(ValueError, match="shapes differ"):
+        una.rloo_loss(policy, ref[:1], rewards, n, BETA)
+
+
+def test_grpo_is_its_papers_sum_token_by_token(BETA=0.3, clip=0.2):
+    normal, n = normals(5), 4
+    new, old, ref = -normal(3, 8, 5).abs()
+    old, rewards = new + 0.4 * old, normal(8)
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]] * 2) > 0
+    for divide, scale in ((True, None), (False, 1.0)):
+        expected, clipped = [], 0
+        for i in range(8):
+            group = rewards.tolist()[i - i % n:i - i % n + n]
+            spread = scale or statistics.stdev(group) + 1e-4
+            A, total = (group[i % n] - statistics.mean(group)) / spread, 0.0
+            for t in range(5):
+                if mask[i, t]:
+                    ratio = math.exp(new[i, t] - old[i, t])
+                    held = min(max(ratio, 1 - clip), 1 + clip)
+                    clipped += held * A < ratio * A
+                    x = math.exp(ref[i, t] - new[i, t])
+                    total -= min(ratio * A, held * A) - BETA * (x - math.log(x) - 1)
+            expected.append(total / mask[i].sum().item())
+        advantage = una.grpo_advantages(rewards, n, divide)
+        off = [part.where(mask, math.nan) for part in (new, old, ref)]       # must not matter
+        assert close(una.grpo_loss(*off, advantage, mask, BETA, clip), expected) and clipped > 3
+    assert not una.grpo_advantages(torch.ones(8), n).any()       # a group that is all alike
+    slope = gradient(lambda p: una.grpo_loss(p, *off[1:], advantage, mask, BETA, clip), off[0])
+    assert slope.isfinite().all() and not slope[~mask].any()
+    with pytest.raises(ValueError, match="shapes differ"):
+        una.grpo_loss(new, old, ref, advantage[:1], mask, BETA, clip)
+
+
+def token_loss(world, rewards, k):
+    """Of logits theta (X, 1 + W, V) behind each prefix: GRPO's loss, summed over the tokens, of all
+    responses to each prompt, each as often as pi gives it, with A = r."""
+    words = data.ENCODING.n_vocab - 1
+    responses, mask = exact.all_responses(words + 1, data.MAX_TOKENS, data.EOT)
+    first = (responses[:, :1] + 1).clamp(max=words)              # the prefix of a second token
+
+    def tokens(theta):
+        p = theta.log_softmax(-1)
+        return torch.stack([p[:, 0, responses[:, 0]], p[:, first[:, 0], responses[:, 1]]], 2)
+
+    ref = prefix_logits(world.ref_logprobs)
+
+    def loss(theta):
+        p, q = tokens(theta).where(mask, 0.0), tokens(ref).where(mask, 0.0)
+        every = [part.flatten(0, 1) for part in (p, p.detach(), q)]
+        lost = una.grpo_loss(*every, rewards.flatten(), mask.repeat(len(p), 1), BETA, 0.2, k)
+        return lost * mask.sum(1).repeat(len(p)) * p.sum(2).flatten().detach().exp()
+    return loss
+
+
+def prefix_logits(logprobs):
+    """log pi(token | prefix) (X, 1 + W, V), the end-of-text last, of all responses' (X, Y)."""
+    words = data.ENCODING.n_vocab - 1
+    none, one, two = logprobs.split([1, words, words ** 2], 1)
+    begins = torch.cat([two.view(len(none), words, words), one[..., None]], 2)
+    return torch.cat([torch.cat([begins.logsumexp(2), none], 1)[:, None], begins], 1).log_softmax(2)
+
+
+@pytest.fixture
+def tree(language):
+    """The small world, with rewards that depend on both words."""
+    world = copy.copy(small().worlds["train"])
+    world.rewards = world.rewards + 0.5 * normals(8)(*world.rewards.shape)
+    return world
+
+
+def test_grpo_stands_still_where_each_token_is_tilted_by_what_it_leads_to(tree):
+    world = tree
+    best, _ = una.optimal_policy(world.ref_logprobs, world.rewards, BETA)
+    whole = una.k3_optimal_policy(world.ref_logprobs, world.rewards, BETA)
+    by = {k: exact.by_token(world, world.rewards, BETA, tilt) for k, tilt in (
+        (2, lambda *of: una.optimal_policy(*of)[0]), (3, una.k3_optimal_policy))}
+    for k, other in ((2, 3), (3, 2)):
+        assert close(by[k].exp().sum(1), 1.0)
+        slope = {name: gradient(token_loss(world, world.rewards, k), prefix_logits(policy))
+                 .abs().max() for name, policy in dict(own=by[k], other=by[other], best=best,
+                                                       whole=whole).items()}
+        assert slope.pop("own") < 1e-9 and min(slope.values()) > 1e-4, (k, slope)
+
+
+def test_grpo_divided_stands_still_where_beta_is_times_the_spread_of_its_own_rewards(tree):
+    world = small().worlds["train"]
+    policy = exact.by_spread(world, BETA, una.k3_optimal_policy, rounds=60)
+    spread = [(p * (r - (p * r).sum()) ** 2).sum().sqrt() for p, r in zip(
+        policy.exp(), world.rewards)]
+    scaled = world.rewards / torch.stack(spread)[:, None]
+    for rewards, still in ((scaled, True), (world.rewards, False)):
+        slope = gradient(token_loss(world, rewards, 3), prefix_logits(policy)).abs().max()
+        assert (slope < 1e-6) == still
+
+
+# ---------------------------------------------------------------- stored samples
+def test_eq07_with_the_mean_residual_has_pi_star_for_its_minimum_whoever_drew_the_samples(world):
+    theta, ref, rewards = world
+    star, _ = una.optimal_policy(ref, rewards, BETA)
+    for share in (0.25, 1.0):                                    # of pi_ref's samples
+        def loss(logits):
+            p = logits.log_softmax(-1)
+            mu = (1 - share) * p.exp() + share * ref.exp()
+            b = (mu * (rewards - una.implicit_reward(p, ref, BETA))).sum().detach()
+            each = una.una_reward_loss(una.implicit_reward(p, ref, BETA, b), rewards)
+            return (mu.detach() * each).sum()
+        logits = theta.clone()
+        for _ in range(3000):
+            logits = logits - 2.0 * gradient(loss, logits)
+        assert near(logits.softmax(-1), star.exp(), 1e-3)
+        assert near(gradient(loss, star), torch.zeros(15).double(), 1e-12)
+        # Half the loss is the variance of the residual, and its slope; no gradient is lost in b.
+        mu = (1 - share) * theta.softmax(-1) + share * ref.exp()
+
+        def variance(t):
+            left = rewards - BETA * (t.log_softmax(-1) - ref)
+            return (mu * left ** 2).sum() - (mu * left).sum() ** 2
+        assert close(loss(theta), variance(theta)) and close(gradient(loss, theta),
+                                                             gradient(variance, theta))
+    # With b = 0 in its place, or with weights where pi has given a response up, it is another.
+    stored = lambda t, b: (ref.exp() * una.una_reward_loss(
+        una.implicit_reward(t.log_softmax(-1), ref, BETA, b), rewards)).sum()
+    assert gradient(lambda t: stored(t, 0.0), star).abs().max() > 1e-2
+    gone = theta.clone()
+    gone[rewards.argmax()] = -60.0
+    p = gone.log_softmax(-1)
+    held, weighted = (gradient(lambda t, w=w: (w * una.una_reward_loss(una.implicit_reward(
+        t.log_softmax(-1), ref, BETA, (w * (rewards - BETA * (p - ref))).sum()), rewards)).sum(),
+        gone)[rewards.argmax()] for w in (ref.exp(), p.exp()))
+    assert held < -0.1 and abs(weighted) < 1e-9                  # who brings it back
