@@ -190,9 +190,9 @@ def model_reward(reward_model, tokens, mask):
 #              Of mixed feedback chosen, rejected, binary and scored say which rows are what. For
 #              kto other_tokens, other_mask (B, 7) and other_ref_logprob (B,): mismatched pairs.
 #     fresh    rewards (B,); per_prompt, how many responses in a row answer one prompt; is_old (B,),
-#              which of them are stored ones of pi_ref; offset, 0;
-#              for ppo ref_logprobs (B, 4) of the tokens, the value model, and advantages: None
-#              until ppo has made them, and what else has to stay as it was, from its first look.
+#              which of them are stored ones; offset, 0; ref_logprobs (B, 4) of the tokens; for ppo
+#              the value model, and advantages: None until ppo has made them, and what else has to
+#              stay as it was, from its first look.
 def stored_batches(method, shared, size, seed, offsets, ramp=0):
     """What a Method learns from for ever, if its feedback is stored; offsets (X,) of the prompts.
     Over the first `ramp` batches f(x) + c moves there, from where it is balanced."""
@@ -217,24 +217,25 @@ def fresh_batches(policy, value, shared, size, seed, level=0.0, stored=0.0):
     old = round(stored * per_prompt)
     x = prompts.repeat_interleave(per_prompt, 0)                                         # (B, 3)
     is_old = torch.arange(len(x), device=x.device) % per_prompt < old
-    own = [(shared.feedback.prompt == i).nonzero().flatten() for i in range(len(prompts))]
     while True:
         y, y_mask = sample(policy, x, data.MAX_TOKENS, data.EOT, generator)
         tokens, mask = data.join(x, y, y_mask)
         if old:
+            own = [(shared.feedback.prompt == i).nonzero().flatten() for i in range(len(prompts))]
             rows = torch.cat([mine[torch.randint(len(mine), (old,), generator=generator,
                                                  device=x.device)] for mine in own])
             tokens[is_old], mask[is_old] = shared.feedback.tokens[rows], shared.feedback.mask[rows]
-        y = tokens[:, data.PROMPT_TOKENS:]
         with torch.no_grad():
             ref_logprobs = logprob(shared.reference, tokens, mask, una.token_logprobs)
             if shared.reward_model:
                 rewards = model_reward(shared.reward_model, tokens, mask)
             else:
-                rewards = (data.reward(x, y) + data.prompt_level(x, level)).to(x.device)
+                rewards = data.reward(x, tokens[:, data.PROMPT_TOKENS:])
+                rewards = (rewards + data.prompt_level(x, level)).to(x.device)
         yield SimpleNamespace(tokens=tokens, mask=mask, rewards=rewards, per_prompt=per_prompt,
-                              is_old=is_old, ref_logprob=ref_logprobs.sum(1), ref_logprobs=ref_logprobs,
-                              offset=0.0, value=value, advantages=None)
+                              is_old=is_old, ref_logprobs=ref_logprobs,
+                              ref_logprob=ref_logprobs.sum(1), offset=0.0, value=value,
+                              advantages=None)
 
 
 # ---------------------------------------------------------------- losses

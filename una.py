@@ -528,7 +528,8 @@ def _groups(reward, n):
 #         R_i = r_i - beta rho_i,     A_i = R_i - 1/(n-1) sum_{j != i} R_j,
 #     and the loss is -A log pi, A held. The others' mean knows nothing of y_i: a baseline, and by
 #     step 2 of Eq. 7 the mean gradient is -grad J. As A_i = n/(n-1) (R_i - mean R), it is sample by
-#     sample that of Eq. 7 with f(x) + c = mean R, times n / (2 beta (n-1)).
+#     sample that of Eq. 7 with f(x) + c = mean R, times n / (2 beta (n-1)). So it has pi* for its
+#     minimum on old samples as well, without weights (known: Yao et al. 2025, arXiv 2509.24203).
 def rloo_loss(logprob, ref_logprob, reward, n, beta):
     """RLOO, from its own papers: -A log pi of whole responses, n of each prompt in a row.
 
@@ -553,6 +554,8 @@ def rloo_loss(logprob, ref_logprob, reward, n, beta):
 #     can be worked out from the last token back, and it is not pi*.
 #     Division by the spread of the group's rewards has the price beta std r in place of beta: as a
 #     policy sharpens it pays less and less.
+# Known: that the loss has but a part of the KL's gradient, Tang and Munos 2025, Yao et al. 2026
+#     (arXiv 2601.10201); what the division does, Liu et al. 2025, Dr. GRPO (arXiv 2503.20783).
 def grpo_advantages(reward, n, divide=True):
     """GRPO's A: how far a reward (B,) lies above its group's mean, in units of its spread (B,).
 

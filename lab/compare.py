@@ -1,4 +1,4 @@
-"""How the tables read runs, compare them and write a cell. Knows no training.
+"""How the tables read runs, compare them and write a cell.
 
 Differences are paired by seed, since a seed is one reference and one feedback. A verdict needs all
 of them to agree in sign: of eight that chance alone would bring about once in 128.
@@ -11,12 +11,10 @@ from statistics import median
 
 import numpy as np
 
+import train
 from lab import figures
 
-METHODS = ("una-pair", "una-pair-anchored", "una-binary-mse", "una-binary-bce",
-           "una-binary-learned", "una-score", "una-score-estimated", "una-score-learned",
-           "una-reward-estimated", "una-mixed", "una-mixed-estimated", "dpo", "kto", "una-online",
-           "una-online-score", "ppo")                                         # train.py's
+METHODS = tuple(train.METHODS)
 # Words for: all differences below 0, all above 0, neither.
 VERDICTS = ("replicates", "does not: the reverse", "does not: no difference shown")
 ANSWERS = ("yes", "no: the reverse", "no difference shown")
@@ -37,7 +35,7 @@ def read(folder):
         if (path := Path(folder, f"{name}.json")).exists():
             text = path.read_text(encoding="utf-8")
             told[name] = json.loads(text.replace("null", "Infinity"))   # lost by what diverged
-            for kind in ("tuning", "runs", "watched", "models"):
+            for kind in ("tuning", "runs", "watched", "models", "theory"):
                 for entry in told[name].get(kind, ()):
                     entry |= entry.get("cell", {}) | dict(method=name_of(**entry))
     for model in told.get("budget", {}).get("models", ()):
@@ -164,10 +162,8 @@ def bad(shares):
 
 
 def cell_text(cell):
-    words = dict(beta_multiple="β × ", epochs="inner steps ", divide="divided: ",
-                 leave_one_out="leave one out: ", anchor="α ", ramp="path ")
-    return ", ".join(words.get(knob, "") + (("no", "yes")[value] if isinstance(value, bool)
-                                            else f"{value:g}") for knob, value in cell.items())
+    words = dict(beta_multiple="β × ", anchor="α ", ramp="path ")
+    return ", ".join(words.get(knob, "") + f"{value:g}" for knob, value in cell.items())
 
 
 def code(name, *more):

@@ -148,7 +148,7 @@ def draw_all(results, folder):
 
 # What a method learns from, and what it puts for f(x) + c, decide where its runs lie. The first
 # cluster that has a part of a method's name is the method's.
-CLUSTERS = {"fresh feedback": ("online", "ppo"),
+CLUSTERS = {"fresh feedback": ("online", "ppo", "rloo", "grpo"),
             "pairs: f + c cancels": ("pair", "dpo"), "f + c is estimated": ("estimated",),
             "f + c is learned": ("learned",), "f + c is 0": ("",)}
 

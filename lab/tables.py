@@ -1,4 +1,4 @@
-"""The tables of lab/README.md and its pictures, from the JSON files beside it. Knows no training.
+"""The tables of lab/README.md and its pictures, from the JSON files beside it.
 
     python -m lab tables
 """
@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from statistics import median
 
+import train
 from lab import figures
 from lab.compare import (
     METHODS,
@@ -37,7 +38,8 @@ PAPER = {"una-binary-mse": "28.88 / 63.12", "una-binary-bce": "28.93 / 63.06",
          "una-score": "30.92 / 64.35", "kto": "28.56 / 62.74", "dpo": "28.53 / 62.26",
          "una-online": "25.91 / 56.13", "ppo": "25.36 / 55.68", "hours": "3.5 h against 8 h: 2.3 ×"}
 ONLINE = ("una-online", "ppo")
-STORED = tuple(name for name in METHODS if name not in ("una-online", "una-online-score", "ppo"))
+FRESH = tuple(name for name in METHODS if train.METHODS[name].feedback == "fresh")
+STORED = tuple(name for name in METHODS if name not in FRESH)
 # How many judgements a response needs: a pair is one of two. A third of una-mixed's are in pairs.
 JUDGEMENTS = {"dpo": 1 / 2, "kto": 1, "una-binary-bce": 1, "una-binary-bce, from zero": 1,
               "una-score": 1, "una-score-estimated": 1, "una-score, from zero": 1,
@@ -202,25 +204,83 @@ def claims_table(told):
 
 
 # ---------------------------------------------------------------- online.json
+# Of a prompt's 16 samples so many are stored ones; what stands for f(x) + c, or weighs them.
+SAMPLES = (("`una-online`", "una-online", {}),
+           ("… 2 of 16 stored", "una-online-stored", dict(stored=0.125)),
+           ("… 4 of 16 stored: `una-online-stored`", "una-online-stored", {}),
+           ("… 8 of 16 stored", "una-online-stored", dict(stored=0.5)),
+           ("… 4 of 16, f(x) + c of fresh ones alone", "una-online-stored", dict(loss="own mean")),
+           ("`rloo`, 4 of 16, importance weights", "rloo",
+            dict(stored=0.25, loss="weighted rloo")),
+           ("`ppo`", "ppo", {}), ("… 4 of 16 stored", "ppo", dict(stored=0.25)),
+           ("… 4 of 16, importance weights", "ppo", dict(stored=0.25, loss="weighted ppo")))
+GRPO = (("as in its paper", {}), ("advantages not divided", dict(loss="undivided")),
+        ("… and k₂ of each token for k₃", dict(loss="undivided, k2")))
+
+
+def varied(runs, name, **knobs):
+    """A method's runs on the judge's reward at level 0 with just these knobs beside its grid's."""
+    return [run for run in pick(runs, method=name, level=0.0, reward="judge") if knobs == {
+        knob: run["cell"][knob] for knob in ("stored", "loss", "collapsed") if knob in run["cell"]}]
+
+
 def online_tables(online):
-    rows = [["method", "lost", "above 100 %", "seconds", "to 99 % of the gain", "state"]]
-    for name, reward, fields in (
-            ("una-online", "judge", {}), ("una-online-score", "judge", {}), ("ppo", "judge", {}),
-            ("ppo", "judge", dict(divide=True)), ("una-online", "model", {}),
-            ("ppo", "model", {})):
-        its = reported(online, name, reward=reward, **fields)
-        more = ["reward model"] * (reward == "model") + ["advantages divided"] * bool(fields)
-        rows.append([code(name, *more), shares(lost(its)), bad(lost(its)),
+    def runs(name, **fields):
+        return reported(online, name, **fields)
+
+    rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds",
+             "to 99 % of the gain", "state"]]
+    for name, reward in (*((name, "judge") for name in FRESH), ("una-online", "model"),
+                         ("una-online-stored", "model"), ("ppo", "model")):
+        its = runs(name, reward=reward)
+        rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(its)),
+                     bad(lost(its)), *(percent(median(parts(its, part)), ".2g")
+                                       for part in ("judged", "unjudged")),
                      number(median(seconds(its))), number(median(seconds(its, 0.99))),
                      f"{number(median(run['state_bytes'] for run in its) / 1e6)} MB"])
-    ours, theirs = (reported(online, name) for name in ONLINE)
-    arrive = [median(seconds(of, 0.99)) for of in (ours, theirs)]
-    _, *signs = less(ours, theirs, ("", "", "both signs"))
-    return dict(online=rows, online_grids=grids(online), online_predictions=predicted(
-        online, online=(percent(median(lost(ours))), median(lost(ours)) <= 0.001),
-        alike=(" ".join(signs), signs[1] == "both signs"),
-        sooner=(f"{number(arrive[0])} s against {number(arrive[1])} s",
-                arrive[0] <= arrive[1] / 2 < math.inf)))
+    grpo = [["GRPO", "β", "where it stands still, by theory: lost", "trained: lost"]]
+    for words, knobs in GRPO:
+        found, theory = (varied(online[of], "grpo", **knobs) for of in ("runs", "theory"))
+        grpo.append([words, cell_text(dict(beta_multiple=found[0]["beta_multiple"])),
+                     shares(lost(theory)), shares(lost(found))])
+    samples = [["samples", "from the reference: lost", "from a collapsed policy: lost"]]
+    samples += [[words, *(shares(lost(varied(online["runs"], name, **knobs, **more)))
+                          for more in ({}, dict(collapsed=True)))]
+                for words, name, knobs in SAMPLES]
+    return dict(online=rows, online_grids=grids(online), grpo=grpo, samples=samples,
+                online_predictions=online_predictions(online))
+
+
+def online_predictions(online):
+    def of(name, **knobs):
+        return lost(varied(online["runs"], name, **knobs))
+
+    una, stored, ppo, rloo, score = (of(name) for name in (
+        "una-online", "una-online-stored", "ppo", "rloo", "una-online-score"))
+    signs = [span([a - b for a, b in zip(*two)], ("one sign", "one sign", "both signs"))[1]
+             for two in ((una, rloo), (una, ppo), (rloo, ppo))]
+    more = [a > b for a, b in zip(score, ppo)]
+    grpo = [tuple(median(lost(varied(online[part], "grpo", **knobs)))
+                  for part in ("runs", "theory")) for _, knobs in GRPO]
+    shared = [median(values) for values in (
+        of("una-online-stored", stored=0.125), stored, of("una-online-stored", stored=0.5))]
+    una_back, stored_back, weighted = (of(name, collapsed=True, **knobs) for name, knobs in (
+        ("una-online", {}), ("una-online-stored", {}),
+        ("rloo", dict(stored=0.25, loss="weighted rloo"))))
+    worse = sum(a > b for a, b in zip(weighted, stored_back))
+    times = [median(seconds(varied(online["runs"], name))) for name in ONLINE]
+    listed = ", ".join
+    return predicted(
+        online, alike=(listed(signs), {*signs} == {"both signs"}),
+        steady=(f"at most {percent(max(stored))}", max(stored) <= 0.02),
+        grpo=(listed(f"{percent(a)} for {percent(b)}" for a, b in grpo),
+              all(abs(a - b) <= max(b / 3, 0.01) for a, b in grpo)),
+        score=(f"on {sum(more)} of {len(more)}", all(more)),
+        share=(listed(map(percent, shared)), max(shared) <= 0.01),
+        collapsed=(f"{percent(median(una_back))} and {percent(median(stored_back))}",
+                   median(una_back) > 0.5 and median(stored_back) <= 0.02),
+        weights=(f"on {worse} of {len(weighted)}", worse == len(weighted)),
+        sooner=(f"{number(times[0])} s against {number(times[1])} s", times[0] <= 0.75 * times[1]))
 
 
 # ---------------------------------------------------------------- budget.json

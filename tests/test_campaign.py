@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import shutil
-import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import torch
 
 import data
 import train
-from helpers import close, gradient, moved, near, normals
+from helpers import close, moved, near, normals
 from lab import __main__ as command
 from lab import budget, campaign, compare, exact, figures, online, run, stored, tables, variants
 from lab.campaign import REPORTED_SEEDS, TUNING_SEEDS, Run
@@ -260,8 +259,8 @@ FILE = json.loads((campaign.ROOT / "lab" / "stored.json").read_text(encoding="ut
 
 
 def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
-    for grids, sizes in ((stored.GRIDS, {6}), (online.GRIDS, {3, 4, 6}), (budget.MODEL_GRIDS, {27})):
-        assert {len({*campaign.cells_of(grid)}) for grid in grids.values()} == sizes
+    for grids, size in ((stored.GRIDS, {6}), (online.GRIDS, {3, 4, 6}), (budget.MODEL_GRIDS, {27})):
+        assert {len({*campaign.cells_of(grid)}) for grid in grids.values()} == size
     assert {(key.judged, key.level) for key in budget.GRIDS | budget.MODEL_GRIDS} == {
         (size, 1.0) for size in (1200, 9600, 76_800)}
     losses = {variants.method_of(key).loss for key in stored.GRIDS | online.GRIDS}

@@ -134,7 +134,8 @@ def test_grpo_is_its_papers_sum_token_by_token(BETA=0.3, clip=0.2):
     normal, n = normals(5), 4
     new, old, ref = -normal(3, 8, 5).abs()
     old, rewards = new + 0.4 * old, normal(8)
-    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]] * 2) > 0
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]] * 2)
+    mask = mask > 0
     for divide, scale in ((True, None), (False, 1.0)):
         expected, clipped = [], 0
         for i in range(8):
