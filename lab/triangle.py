@@ -1,6 +1,7 @@
-"""A picture of all policies over three responses, and of where each loss leads among them.
+"""A picture of all policies over three responses, and of where each loss leads among them; and one
+of the best policy and of the losses' slopes.
 
-    python -m lab.triangle          draws lab/triangle.png, in a few seconds
+    python -m lab.triangle          draws lab/triangle.png and lab/slopes.png, in a few seconds
 
 The prompt, the responses, their rewards and beta are those of `python una.py`. Nothing is sampled:
 every loss is its exact mean, over pi_ref's responses where feedback is stored, over pi's own where
@@ -55,13 +56,10 @@ def rlhf(logprobs):
 
 
 def grpo(logprobs):
-    """The policy gradient with the KL's estimator k3 = x - 1 - log x, x = pi_ref/pi, in the loss.
-
-    Advantages are not divided by their deviation; the group's mean changes no mean slope.
-    """
-    x, column = (REF - logprobs).exp(), logprobs[:, None]
-    gain = una.ppo_policy_loss(column, column.detach(), REWARDS[:, None], column <= 0, 0.2)
-    return (logprobs.detach().exp() * (gain + BETA * (x - 1 - x.log()))).sum()
+    """GRPO, its advantages not divided: the group's mean changes no mean slope."""
+    column = logprobs[:, None]                                   # a response is one token
+    losses = una.grpo_loss(column, column.detach(), REF[:, None], REWARDS, column <= 0, BETA, 0.2)
+    return (logprobs.detach().exp() * losses).sum()
 
 
 LOSSES = {"scores": lambda p: scores(p, 0.0), "scores, beta log Z": lambda p: scores(p, BETA_LOG_Z),
@@ -158,6 +156,33 @@ def draw(figure):
               va="center")
 
 
+# ---------------------------------------------------------------- the best policy, and slopes
+def slope(g, reward, score):
+    """dL/dr of una_score_loss where the implicit reward is r: all (N,)."""
+    reward = reward.clone().requires_grad_()
+    return torch.autograd.grad(una.una_score_loss(reward, score, g).sum(), reward)[0]
+
+
+def draw_slopes(figure):
+    left, right = figure.subplots(1, 2)
+    for shift, logprobs, name, color in ((-0.2, REF, "$π_{ref}$", SKY), (0.2, BEST, "π*", BLUE)):
+        left.bar(np.arange(3) + shift, logprobs.exp(), 0.4, color=color, label=name)
+    left.set(title="The best policy tilts the reference", ylabel="probability",
+             xticks=range(3), xticklabels=[f"$y_{i + 1}$: reward {r:.0f}"
+                                           for i, r in enumerate(REWARDS)])
+    left.legend(frameon=False)
+    reward = torch.linspace(-6, 6, 241).double()
+    for g, color, style in (("mse", ORANGE, "-"), ("bce", BLUE, "--"), ("mae", VERMILION, ":")):
+        right.plot(reward, slope(g, reward, torch.full_like(reward, REWARDS[2].sigmoid())),
+                   style, color=color, label=g, linewidth=2)
+    right.axhline(0, color=BLACK, linewidth=0.6)
+    right.axvline(REWARDS[2], color=BLACK, linewidth=0.6)
+    right.set(title="How hard a loss pulls at a response", ylabel="slope dL/dr",
+              xlabel="implicit reward r of $y_3$, whose score is σ(1)")
+    right.legend(frameon=False)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    picture(Path(__file__).parent, "slopes.png", draw_slopes, figsize=(8.4, 3.2))
     picture(Path(__file__).parent, "triangle.png", draw, figsize=(8.4, 4.9))

@@ -184,7 +184,7 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     drawn.clear()
     tables.fill(ROOT / "lab")
     assert {path.name for path in (ROOT / "lab").iterdir() if path.suffix in (
-        ".png", ".gif", ".md")} == {*drawn, "triangle.png"}
+        ".png", ".gif", ".md")} == {*drawn, "triangle.png", "slopes.png"}
 
 
 def test_the_frontier_has_one_seeds_points_and_lost_a_dot_for_each_seed():

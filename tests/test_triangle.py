@@ -124,3 +124,14 @@ def test_the_triangle_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(triangle, "descend", lambda loss, **_: descend(loss, steps=3))
     figures.picture(tmp_path, "triangle.png", triangle.draw, figsize=(8.4, 4.9))
     assert (tmp_path / "triangle.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_slopes_drawn_are_those_of_the_formulas_above_una_score_loss(tmp_path):
+    r, score = torch.linspace(-6, 6, 241).double(), torch.full((241,), 1.0).double().sigmoid()
+    s = r.sigmoid()
+    formulas = dict(mse=2 * (s - score) * s * (1 - s), bce=s - score,
+                    mae=(s - score).sign() * s * (1 - s))
+    for g, formula in formulas.items():
+        assert near(triangle.slope(g, r, score), formula, 1e-12)
+    figures.picture(tmp_path, "slopes.png", triangle.draw_slopes, figsize=(8.4, 3.2))
+    assert (tmp_path / "slopes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
