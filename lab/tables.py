@@ -72,12 +72,15 @@ def stored_tables(stored):
                 for part in ("judged", "unjudged", "unjudged_mass")),
               shares([run["heldout"]["lost"] for run in its if "diverged" not in run])]
              for name in STORED]
-    rows = made["masses"] = [["mass", *BROKEN, "wrong noun", "held-out: breaks the grammar"]]
+    rows = made["masses"] = [["mass", *BROKEN, "wrong noun", "held-out: breaks the grammar",
+                              "mean log π/π_ref", "its rank with unjudged"]]
     for name in STORED:
         its = [run for run in runs(name) if "diverged" not in run]
         rows.append([code(name), *(shares([run["train"]["mass"][kind] for run in its])
                                    for kind in (*BROKEN, "wrong noun")),
-                     shares([broken(run, "heldout") for run in its])])
+                     shares([broken(run, "heldout") for run in its]),
+                     ranged(rho := [run["mean_rho"] for run in its]),
+                     number(correlation(rho, parts(its, "unjudged")), ".2f")])
     rows = made["paths"] = [["f(x) + c", "one level: lost", "a level for each noun: lost",
                              "off β log Z by"]]
     for words, name, fields in (

@@ -255,7 +255,8 @@ def test_a_grid_grows_by_one_value_beyond_the_end_where_its_best_cell_lies_and_n
 
 
 # ---------------------------------------------------------------- plans
-FILE = json.loads((campaign.ROOT / "lab" / "stored.json").read_text(encoding="utf-8"))
+FILES = {name: json.loads((campaign.ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
+         for name in ("stored", "online")}
 
 
 def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
@@ -270,7 +271,7 @@ def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
 
 
 def test_the_methods_of_train_have_the_best_cells_of_their_grids():
-    for row in FILE["tuning"]:
+    for row in FILES["stored"]["tuning"] + FILES["online"]["tuning"]:
         if row["best"] and not row["level"] and row["offset"] != "exact":
             its = Run(row["method"], row["offset"], cell=tuple(row["cell"].items()))
             name = compare.name_of(row["method"], row["offset"])
@@ -286,28 +287,31 @@ def run_of(told, **more):
     return Run(**fields | dict(cell=tuple(told["cell"].items())) | more)
 
 
-def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(monkeypatch):
-    found, asked = {}, set()
-    for row in FILE["tuning"]:
+@pytest.mark.parametrize("plan", [stored, online])
+def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypatch):
+    file, found, asked = FILES[plan.__name__.removeprefix("lab.")], {}, set()
+    for row in file["tuning"]:
         for seed, share in zip(TUNING_SEEDS, row["lost"]):
             found[run_of(row, seed=seed, look="lost")] = (
                 dict(diverged="") if share is None else dict(train=dict(lost=share)))
-    for told in FILE["runs"] + FILE["watched"]:
+    for told in file["runs"] + file.get("watched", []):
         found[run_of(told, look="zeros" if "zeros" in told else "end")] = told
-    for told in FILE["reference"] + FILE["optimum"]:
+    for told in file.get("theory", []):
+        found[run_of(told, method="theory")] = told
+    for told in file.get("reference", []) + file.get("optimum", []):
         blank = dict(frontier=[]) if told["method"] == "optimum" else {}    # the first is kept
         found[Run(told["method"], seed=told["seed"])] = blank | told
 
     def results(lab, title, runs):
         asked.update(runs)
         return [found[its] for its in runs]
-    for module in (campaign, stored):
+    for module in (campaign, plan):
         monkeypatch.setattr(module, "results", results)
-    told = json.loads(json.dumps(stored.settle(campaign.Lab(campaign.ROOT / "lab"))))
-    assert told.keys() == FILE.keys() and asked == found.keys()
-    for key in FILE.keys() - {"versions"}:
+    told = json.loads(json.dumps(plan.settle(campaign.Lab(campaign.ROOT / "lab"))))
+    assert told.keys() == file.keys() and asked == found.keys()
+    for key in file.keys() - {"versions"}:
         a, b = (sorted(one[key], key=str) if type(one[key]) is list else one[key]
-                for one in (told, FILE))
+                for one in (told, file))
         assert a == b, key
 
 
