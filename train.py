@@ -385,9 +385,9 @@ METHODS = {
     "kto": Method("binary", kto, 2e-3, 0.125, mismatched=True),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
     "una-online-stored": Method("fresh", una_online, 1.2e-2, 1, stored=0.25),
-    "una-online-score": Method("fresh", una_online_score, 1e-3, 0.5),
+    "una-online-score": Method("fresh", una_online_score, 2e-3, 0.5),
     "rloo": Method("fresh", rloo, 1.2e-2, 1),
-    "grpo": Method("fresh", grpo, 6e-3, 1),
+    "grpo": Method("fresh", grpo, 1.2e-2, 2),
     "ppo": Method("fresh", ppo, 6e-3, 1, value_model=True),
 }
 

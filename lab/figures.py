@@ -248,7 +248,7 @@ def draw_rewards(figure, dots, size):
     for axes in grid[len(dots):]:
         axes.set_visible(False)
     figure.supxlabel("explicit reward, the judge's, of what the reference says over 1 time in 300")
-    figure.supylabel("implicit reward (below -6: drawn at -6)")
+    figure.supylabel("implicit reward β log π/π_ref + β log Z(x) (below -6: drawn at -6)")
     figure.suptitle("A policy is optimal where its dots lie on the diagonal. What it lost on rarer "
                     "responses is not drawn")
 

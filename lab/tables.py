@@ -233,8 +233,7 @@ def online_tables(online):
 
     rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds",
              "to 99 % of the gain", "state"]]
-    for name, reward in (*((name, "judge") for name in FRESH), ("una-online", "model"),
-                         ("una-online-stored", "model"), ("ppo", "model")):
+    for name, reward in (*((name, "judge") for name in FRESH), ("una-online", "model"), ("ppo", "model")):
         its = runs(name, reward=reward)
         rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(its)),
                      bad(lost(its)), *(percent(median(parts(its, part)), ".2g")
