@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+import re
 import runpy
 import socket
 from collections import Counter
@@ -11,9 +12,8 @@ import torch
 
 import data
 from data import ADJECTIVES, ENCODING, EOT, HELDOUT_PROMPTS, MOODS, NOUNS, PROMPTS, TRAIN_PROMPTS
-from helpers import gpt, near
-from lab.exact import all_logprobs, all_responses
-from una import sequence_logprob
+from helpers import near
+from lab.exact import all_responses
 
 # All responses of the grammar.
 GOOD = [f" {a} {b} {noun}" for a in ADJECTIVES for b in ADJECTIVES for noun in NOUNS]
@@ -62,30 +62,21 @@ def test_each_of_25_words_is_one_token_and_end_of_text_the_last_without_a_networ
 
 def test_text_that_is_not_of_the_language_is_refused_in_one_line():
     # The first unknown word stands between slashes. No text can inject an end-of-text.
-    prompts = ["happy/ ocean/ :", "/merry/ sea :", "/Happy/ sea :", "/ happy/ sea :",
-               "/happysea/ :", "happy/ sea:/", "happy/ sad/ :", "happy/ / sea :", "happy sea :/ /",
-               "happy sea :/\n/", "happy sea/ :<|endoftext|>/", "happy sea/ :sea/"]
-    responses = ["/golden/ warm sea", " golden/ warmsea/", "/ golden./", " golden/ café/", "/ /",
-                 " golden/ / sea", "/ / sea", " sea/ /", " golden/\t/sea", " golden/\x1c/sea",
-                 " golden/\u3000/sea", " sea/ happy/", "/ seahappy/", "/happysad/",
-                 " sea/ ocean/ sea sea lake", " sea wind sea wind/ .../", "/<|endoftext|>/",
-                 "/ <|endoftext|>/", "/ sea<|endoftext|>/", " sea/ <|endoftext|>/"]
-    cases = []
-    for encode, marked in [*((data.encode_prompts, marked) for marked in prompts),
-                           *((data.encode_responses, marked) for marked in responses)]:
-        text, word = marked.replace("/", ""), marked.split("/")[1]
-        cases.append((encode, text, f"{word!r} in {text!r} is no word of the language: "
-                      "moods begin with no space, all others with one"))
+    for encode, known, marked in (
+            (data.encode_prompts, PROMPTS, ["happy/ ocean/ :", "/ happy/ sea :", "happy/ sea:/",
+                                            "happy sea :/ /", "happy sea/ :<|endoftext|>/"]),
+            (data.encode_responses, GOOD, [" golden/ warmsea/", "/golden/ sea", " golden/ / sea",
+                                           " sea/ /", " golden/\x1c/sea", " sea/ happy/", "/ /",
+                                           "/<|endoftext|>/", " sea/ ocean/ sea sea lake"])):
+        for text, word in ((text.replace("/", ""), text.split("/")[1]) for text in marked):
+            with pytest.raises(ValueError, match=f"^{re.escape(f'{word!r} in {text!r} is no')}"):
+                encode([*known, text])
     # Too few or too many words, or no room for the response's end.
-    for text, n in {"": 0, "happy": 1, "happy sea": 2, "happy sea : :": 4}.items():
-        cases.append((data.encode_prompts, text, f"a prompt has 3 words, {text!r} has {n}"))
-    for text, n in {" sea" * n: n for n in (4, 5, 9)}.items():
-        cases.append((data.encode_responses, text, "a response has at most 3 words and an "
-                      f"end-of-text, {text!r} has {n} words"))
-    for encode, text, message in cases:
-        with pytest.raises(ValueError) as error:
-            encode([*(PROMPTS if encode is data.encode_prompts else GOOD[:5]), text])
-        assert str(error.value) == message
+    for text, n in {"": 0, "happy sea": 2, "happy sea : :": 4}.items():
+        with pytest.raises(ValueError, match=f"a prompt has 3 words, {text!r} has {n}"):
+            data.encode_prompts([*PROMPTS, text])
+    with pytest.raises(ValueError, match="at most 3 words and an end-of-text, .* has 4 words"):
+        data.encode_responses([*GOOD, " sea sea sea sea"])
 
 
 def test_prompts_are_twelve_and_four_held_out_with_each_mood_and_noun_and_survive_encoding():
@@ -129,36 +120,12 @@ def test_a_response_gets_one_end_and_stands_behind_its_prompt_where_the_mask_is_
                                    [0, 0, 0, 1, 0, 0, 0]]
 
 
-def test_joined_responses_have_the_enumerated_log_probabilities():
-    # data's masks, lab.exact's list and una's sum agree that its end-of-text counts, once.
-    model = gpt(ENCODING.n_vocab, data.BLOCK_SIZE, 1, n_head=2, n_embd=16, noise=0.3)
-    prompt = data.encode_prompts(["calm night :"])
-    enumerated = all_logprobs(model, prompt[0], data.MAX_TOKENS, EOT)
-    assert enumerated.exp().sum().item() == pytest.approx(1, abs=1e-12)
-    responses, mask, enumerated = TOKENS[::4], MASK[::4], enumerated[ROWS[::4]]
-
-    def is_off(mask):
-        tokens, mask = data.join(prompt.expand(len(responses), -1), responses, mask)
-        return (sequence_logprob(model(tokens), tokens, mask) - enumerated).abs() > 1e-10
-
-    first_end = (responses == EOT) & mask
-    empty, ends = first_end[:, 0], first_end.any(1)
-    assert not is_off(mask).any()
-    assert is_off(torch.ones_like(mask)).equal(~mask[:, 3])                    # padding counts
-    without_end = (mask & ~first_end) | (first_end & empty[:, None])
-    assert is_off(without_end).equal(ends & ~empty)
-
-
 # ---------------------------------------------------------------- the reward
 def test_reward_by_hand_and_by_an_independent_one_row_by_row():
-    # The adjectives' order does not matter. A wrong noun costs 1. A mood is no adjective.
     for prompt, text, by_hand in [
-        ("happy sea", " bright warm sea", 0.8 + 0.7), ("happy sea", " golden golden sea", 2.0),
-        ("happy sea", " warm bright sea", 0.8 + 0.7), ("happy sea", "happy warm sea", -3.0),
-        ("happy sea", " bright warm wind", 0.8 + 0.7 - 1), ("happy sea", " bleak bleak wind", -3.0),
-        ("sad sea", " bright warm sea", -0.8 - 0.7), ("calm sea", " warm bright sea", 0.3 - 0.5),
-        ("wild fire", " dancing furious fire", 1.0 + 0.9), ("happy sea", "", -3.0),
-        ("happy sea", " bright sea", -3.0), ("happy sea", " bright sea warm", -3.0),
+        ("happy sea", " bright warm sea", 0.8 + 0.7), ("sad sea", " bright warm sea", -0.8 - 0.7),
+        ("calm sea", " warm bright sea", 0.3 - 0.5), ("wild fire", " soft furious fire", 0.9 - 0.7),
+        ("happy sea", " bright warm wind", 0.8 + 0.7 - 1), ("happy sea", " bright sea", -3.0),
     ]:
         reward = data.reward(data.encode_prompts([f"{prompt} :"]), data.encode_responses([text])[0])
         assert reward.tolist() == pytest.approx([by_hand], abs=1e-6), text
@@ -172,24 +139,17 @@ def test_reward_by_hand_and_by_an_independent_one_row_by_row():
     rewards = data.reward(prompts, responses)
     assert near(rewards, slow, 1e-6)
     assert not near(data.reward(prompts.roll(1, 0), responses), slow, 0.1)
-    # Graded, for each prompt, from -3, which no other response falls below.
+    # For each prompt from -3, which no other response falls below.
     for of_prompt in rewards[:16 * len(GOOD)].view(-1, 16).T:
         assert [of_prompt.min().item(), of_prompt.max().item()] == pytest.approx([-3, 2])
-        assert len((of_prompt * 1e4).round().unique()) >= 30
-    # What stands behind the end has no reward, and the arguments may be on any device.
-    otherwise = TOKENS.where(MASK, data.WORDS.index(" golden"))
-    elsewhere = (SimpleNamespace(cpu=lambda t=t: t) for t in (prompts[-len(TOKENS):], otherwise))
-    assert torch.equal(data.reward(*elsewhere), rewards[-len(TOKENS):])
+    elsewhere = (SimpleNamespace(cpu=lambda t=t: t) for t in (prompts, responses))
+    assert torch.equal(data.reward(*elsewhere), rewards)         # on any device
 
 
 def test_the_level_of_a_prompt_is_its_nouns_whatever_its_mood_and_0_on_average():
-    class Elsewhere:                                             # prompts on another device
-        def __getitem__(self, where):
-            return SimpleNamespace(cpu=lambda: data.encode_prompts(PROMPTS)[where])
-
-    for level in (0.0, 1.0, 2.5):
+    for level in (0.0, 2.5):
         expected = {"sea": -level, "wind": -level / 3, "fire": level / 3, "night": level}
-        got = data.prompt_level(Elsewhere(), level)
+        got = data.prompt_level(data.encode_prompts(PROMPTS), level)
         assert got.tolist() == pytest.approx([expected[prompt.split()[1]] for prompt in PROMPTS])
     for prompts in (PROMPTS, TRAIN_PROMPTS, HELDOUT_PROMPTS):    # so no reward rises on the whole
         levels = data.prompt_level(data.encode_prompts(prompts), 1.0)
@@ -213,21 +173,18 @@ def test_sentences_come_from_their_seed_lean_to_the_mood_and_one_in_ten_has_a_ra
         total = sum(weight.values())
         return new_word | {a: new_word[a] + 29 / 30 * weight[a] / total for a in ADJECTIVES}
 
-    for mood, opposite in {"happy": "sad", "sad": "happy", "calm": "wild", "wild": "calm"}.items():
+    for mood in MOODS:
         rows = [(x.split()[1], *y.split()) for x, y in zip(prompts, responses, strict=True)
                 if x.startswith(mood)]
         first, second = (Counter(row[slot] for row in rows) for slot in (1, 2))
         last = Counter(row[3] for row in rows if row[0] == "sea")
         assert chi_square(first, leaning(mood)) < 66 and chi_square(second, leaning(mood)) < 66
         assert chi_square(last, own_noun) < 66
-        for wrong in (leaning(mood, 0), leaning(mood, 2), leaning(opposite)):
-            assert chi_square(first, wrong) > 150
+        for wrong in (0, 2, -1):
+            assert chi_square(first, leaning(mood, wrong)) > 150
     # One word in a sentence, never two: 5 words of 21 are no adjective, 17 no noun.
-    good = {*GOOD}
-    ungrammatical = sum(response not in good for response in responses[:5000])
+    ungrammatical = sum(response not in {*GOOD} for response in responses[:5000])
     assert within(ungrammatical, 5000, 0.1 * (2 / 3 * 5 / 21 + 1 / 3 * 17 / 21))
-    assert not within(ungrammatical, 5000, 0.1)
-    assert within(sum(" :" in response for response in responses), 30_000, 0.1 / 21)
 
 
 # ---------------------------------------------------------------- feedback
@@ -264,8 +221,8 @@ def test_feedback_draws_the_winner_of_two_answers_to_a_prompt_and_then_labels_fr
     prompts, texts = [prompt for prompt in TRAIN_PROMPTS for _ in range(2)], GOOD[:24]
     texts[7], texts[20] = texts[6], texts[21]                    # pairs 3 and 10 are identical
     # These differ in one token.
-    texts[:6] = [" warm cold sea", " cold cold sea", " cold warm sea", " cold cold sea", "", " sea"]
-    texts[8:12] = [" warm cold sea", " warm cold wind", " warm cold", " warm cold sea"]
+    texts[:6] = [" warm cold sea", " cold cold sea", " cold warm sea", " cold cold sea",
+                 " warm cold sea", " warm cold wind"]
     state = torch.get_rng_state()
     feedback, other = (feedback_on_texts(prompts, texts, seed) for seed in (3, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -279,7 +236,6 @@ def test_feedback_draws_the_winner_of_two_answers_to_a_prompt_and_then_labels_fr
              for i, wins in enumerate(first_wins.tolist()) if i not in (3, 10)]
     assert feedback.pairs.tolist() == pairs
     assert torch.equal(feedback.labels, torch.bernoulli(torch.sigmoid(r), generator=generator))
-    assert feedback_on_texts(prompts[:2], [" sea", " sea"]).pairs.shape == (0, 2)
     tokens, mask = data.join(data.encode_prompts(prompts), *data.encode_responses(texts))
     assert torch.equal(feedback.tokens, tokens) and torch.equal(feedback.mask, mask)
 
@@ -287,9 +243,8 @@ def test_feedback_draws_the_winner_of_two_answers_to_a_prompt_and_then_labels_fr
 # ---------------------------------------------------------------- KTO's mismatched pairs
 def test_mismatched_pairs_take_the_nearest_row_before_with_another_prompt_or_are_refused():
     # Three prompts in every order, and longer ones: in turn, or one prompt among many of another.
-    orders = [order for n in (1, 2, 3, 4, 5) for order in itertools.product(range(3), repeat=n)]
-    orders += [[i % k for i in range(n)] for n in (13, 26, 40) for k in (2, 5, 12)]
-    orders += [[0] * 12, [0] * 39 + [1], [1] + [0] * 39]
+    orders = [order for n in (1, 2, 3, 4) for order in itertools.product(range(3), repeat=n)]
+    orders += [[i % 12 for i in range(40)], [0] * 39 + [1], [1] + [0] * 39]
     for order in orders:
         # Two responses to each, like no other. Prompts 0 and 1 share a noun, 0 and 2 a mood.
         prompts, n = data.encode_prompts([TRAIN_PROMPTS[7 * i % 12] for i in order]), len(order)
@@ -298,8 +253,7 @@ def test_mismatched_pairs_take_the_nearest_row_before_with_another_prompt_or_are
         tokens, mask = data.join(prompts.repeat_interleave(2, 0), responses, mask)
         given, given_mask = tokens.clone(), mask.clone()         # which are left alone
         if len({*order}) == 1:
-            message = f"^mismatched pairs need two prompts, all {2 * n} rows answer one$"
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=f"need two prompts, all {2 * n} rows answer one"):
                 data.mismatched(tokens, mask)
             continue
         other_tokens, other_mask = data.mismatched(tokens, mask)

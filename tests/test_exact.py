@@ -11,7 +11,7 @@ import una
 from helpers import abc, close, gpt, moved, near, random_tokens, toy_gpt
 from lab import exact
 from lab.exact import all_logprobs, all_responses
-from model import ScalarGPT, sample
+from model import ScalarGPT
 from toy import small
 
 
@@ -57,11 +57,11 @@ def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models
         assert logprobs.dtype == torch.float32 and near(logprobs.double(), expected, off)
         # A softmax in bfloat16 would round away more than that, at the first token already.
         assert logprobs.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
-    # In the toy: far less without those that are cut off; of a float32 model only nearly 1.
+    # In the toy: of a float32 model only nearly 1.
     (prompt,) = prompts = data.encode_prompts(data.TRAIN_PROMPTS[:1])
     raw = all_logprobs(toy_gpt(), prompt, data.MAX_TOKENS, data.EOT).double()
     (normalised,) = exact.policy_logprobs(toy_gpt(), prompts)
-    assert raw[:1 + 25 + 25 ** 2 + 25 ** 3].exp().sum() < 0.99 and close(normalised, raw, 1e-5)
+    assert close(normalised, raw, 1e-5)
     assert (normalised.exp().sum() - 1).abs() < 1e-12 < (raw.exp().sum() - 1).abs() < 1e-4
     # A device without numbers: a tensor that was made on another one would not mix with it.
     model = gpt(dtype=torch.float32).to("meta")
@@ -73,19 +73,16 @@ def test_all_logprobs_and_all_rewards_are_those_of_whole_responses_without_a_cac
     model, scalar = gpt(), moved(ScalarGPT(gpt()).double())
     for prompt, eot in (([1], 0), ([1], 4), ([3, 0, 2, 2], 2)):
         prompt, (responses, mask) = torch.tensor(prompt), all_responses(5, 3, eot)
-        tokens = torch.cat([prompt.expand(len(responses), -1), responses], 1)
-        row = torch.cat([torch.zeros(len(mask), len(prompt), dtype=torch.bool), mask], 1)
+        tokens, row = data.join(prompt.expand(len(responses), -1), responses, mask)
         logprobs = all_logprobs(model, prompt, 3, eot)
         assert close(logprobs, una.sequence_logprob(model(tokens), tokens, row).detach())
-        assert len(logprobs.unique()) == len(logprobs) and not logprobs.requires_grad
         rewards = scalar(tokens)[torch.arange(len(tokens)), row.cumsum(1).argmax(1)].detach()
         assert close(exact.all_rewards(scalar, prompt, 3, eot), rewards)
-        assert len(rewards.unique()) == len(rewards)
-    for value in (math.nan, math.inf):                           # it has left the numbers
-        model = moved(small().reference).requires_grad_(False)
-        model.wte.weight[3] = value
-        with pytest.raises(FloatingPointError, match="not numbers"):
-            exact.policy_logprobs(model, small().worlds["train"].prompts)
+        assert all(len(of.unique()) == len(of) for of in (logprobs, rewards))
+    model = moved(small().reference).requires_grad_(False)
+    model.wte.weight[3] = math.inf                               # it has left the numbers
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        exact.policy_logprobs(model, small().worlds["train"].prompts)
 
 
 # ---------------------------------------------------------------- what a policy reaches
@@ -118,35 +115,17 @@ def test_the_frontier_is_the_dual_bound_and_no_policy_is_above_it(world):
         bound = min(b * figures["kl"] + value for b, value in zip(grid, values))
         assert figures["frontier_reward"] == pytest.approx(bound, abs=2e-3)
         assert figures["reward"] < figures["frontier_reward"] - below
-    for b in (0.05, 0.25, 10.0):                                 # all of one reward are as one
-        tilted, _ = una.optimal_policy(world.ref_logprobs, world.rewards, b)
-        kl = exact.kl_divergence(tilted, world.ref_logprobs).mean().item()
-        reward = exact.expect(tilted, world.rewards).mean().item()
-        assert exact.tilted(world, b) == pytest.approx((kl, reward))
-    curve = exact.frontier_curve(world, 4.0)
-    assert curve == sorted(curve) and 3.7 < curve[-1][0] <= 4.0 and len(curve) > 50
+    # All responses of one reward are as one.
+    kl = exact.kl_divergence(world.best, world.ref_logprobs).mean().item()
+    reward = exact.expect(world.best, world.rewards).mean().item()
+    assert exact.tilted(world, 0.25) == pytest.approx((kl, reward))
 
 
-def test_kl_and_mean_are_sums_in_which_a_response_of_probability_0_adds_nothing():
+def test_a_response_of_probability_0_adds_nothing_to_a_kl():
     p, q = torch.tensor([0.0, 0.25, 0.75]).double(), torch.tensor([0.0, 0.4, 0.6]).double()
     expected = 0.25 * math.log(0.25 / 0.4) + 0.75 * math.log(0.75 / 0.6)
-    both = torch.stack([p, q]).log()
-    assert exact.kl_divergence(both, both.flip(0))[0].item() == pytest.approx(expected)
-    assert exact.kl_divergence(p.log(), p.log()).item() == 0     # and not 0 * (-inf + inf)
+    assert exact.kl_divergence(p.log(), q.log()).item() == pytest.approx(expected)
     assert exact.kl_divergence(p.log(), q.flip(0).log()).item() == math.inf     # never in pi_ref
-    assert exact.expect(both, q).tolist() == pytest.approx([0.55, 0.52])
-
-
-def test_exact_figures_agree_with_sampling(language):
-    reference, world = small().reference, small().worlds["train"]
-    policy = moved(reference, 0.2)
-    figures = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
-    x = world.prompts.repeat_interleave(10_000, 0)
-    y, y_mask = sample(policy, x, data.MAX_TOKENS, data.EOT, torch.Generator().manual_seed(0))
-    both = data.join(x, y, y_mask)
-    rho = train.logprob_in_chunks(policy, *both) - train.logprob_in_chunks(reference, *both)
-    assert data.reward(x, y).mean().item() == pytest.approx(figures["reward"], abs=0.02)
-    assert rho.mean().item() == pytest.approx(figures["kl"], abs=0.02) and figures["kl"] > 0.2
 
 
 def test_reference_and_optimum_are_pi_ref_and_pi_star_in_every_world(language):
@@ -158,7 +137,8 @@ def test_reference_and_optimum_are_pi_ref_and_pi_star_in_every_world(language):
         assert best[name] == exact.evaluate(world, optimum)
     assert [len(world.prompts) for world in worlds.values()] == [3, 1]           # and held-out ones
     assert start["dots"] == exact.reward_dots(worlds["train"], worlds["train"].ref_logprobs)
-    assert best["frontier"][-1][0] <= 1.5 * best["train"]["kl"] < 1.1 * best["frontier"][-1][0]
+    curve = best["frontier"]
+    assert curve[-1][0] <= 1.5 * best["train"]["kl"] < 1.1 * curve[-1][0] and curve == sorted(curve)
 
 
 def variance(logprobs, values):
@@ -181,35 +161,14 @@ def test_eq18_at_the_optimum_alone_the_residual_is_constant_and_dots_lie_on_the_
     assert explicit != pytest.approx(implicit, abs=0.1)
 
 
-def test_eq16_neither_the_optimum_nor_any_regret_knows_the_level(language):
-    # Only J and J* do: they are higher by f(x).
-    flat, f = small().worlds["train"], torch.tensor([-1 / 3, 1 / 3, 1]).double()
-    raised = exact.World(small().reference, data.TRAIN_PROMPTS, 0.25, 1.0)       # wind, fire, night
-    assert close(raised.rewards - flat.rewards, f[:, None].expand(3, 651), 1e-6)
-    best, raised_best = (una.optimal_policy(world.ref_logprobs, world.rewards, 0.25)[0]
-                         for world in (flat, raised))
-    assert close(raised_best, best, 1e-6) and close(raised.gain, flat.gain, 1e-6)
-    assert close(raised.optimum - flat.optimum, f, 1e-6)
-    policy = exact.policy_logprobs(moved(small().reference, 0.2), flat.prompts)
-    for logprobs in (flat.ref_logprobs, policy, best):
-        before, after = (exact.evaluate(world, logprobs) for world in (flat, raised))
-        for name in ("kl", "regret", "lost", "residual_variance"):
-            assert after[name] == pytest.approx(before[name], abs=1e-6), name
-        assert after["objective"] - before["objective"] == pytest.approx(1 / 3, abs=1e-6)
-
-
 def test_from_the_smallest_beta_to_the_largest_regret_is_a_number_and_the_gain_is_exact(language):
     # log E e^{r/b} = E r / b + Var r / 2 b^2 + ..., so J* - J(pi_ref) = Var r / 2 b + O(1 / b^2).
     # Without normalised probabilities float32's rounding would be more than the gain.
     reference = small().reference
     for beta, off in ((1e-4, None), (1e3, 1e-2), (1e6, 0.1)):    # there float64's digits run out
         world = exact.World(reference, data.TRAIN_PROMPTS, beta)
-        for model in (reference, moved(reference)):
-            figures = exact.evaluate(world, exact.policy_logprobs(model, world.prompts))
-            assert all(map(math.isfinite, figures.values())) and figures["regret"] >= 0, beta
-        best, _ = una.optimal_policy(world.ref_logprobs, world.rewards, beta)
-        rounding = 1e-12 + 2e-15 * beta                          # float64's
-        assert abs(exact.evaluate(world, best)["regret"]) < rounding < world.gain.min() / 10
+        figures = exact.evaluate(world, exact.policy_logprobs(moved(reference), world.prompts))
+        assert all(map(math.isfinite, figures.values())) and figures["regret"] >= 0, beta
         if off:
             expected = variance(world.ref_logprobs, world.rewards) / (2 * beta)
             assert world.gain.mean().item() == pytest.approx(expected, rel=off)
@@ -225,13 +184,8 @@ def test_each_string_is_of_one_kind_and_its_mass_is_counted_there(world):
     for text, kind in texts.items():                             # the first prompt is of the wind
         row = (tokens == data.encode_responses([text])[0]).all(1)
         assert exact.KINDS[world.kinds[0][row].item()] == kind, text
-    cut = tokens[:, -1] != data.EOT
-    assert (world.kinds[:, cut] == exact.KINDS.index("no end")).all() and cut.sum() == 25**4
     counted = [(world.kinds[0] == i).sum().item() for i in range(5)]
     assert counted == [16**2, 3 * 16**2, 1, 25 + 25**2 + 25**3 - 4 * 16**2, 25**4]
-    for prompt in range(2):
-        of = world.policy[prompt].exp()[world.kinds[prompt] == 2]
-        assert of.item() == world.policy[prompt][0].exp().item()
     assert masses["no word"] == pytest.approx(world.policy[:, 0].exp().mean().item())
 
 

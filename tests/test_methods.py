@@ -21,7 +21,6 @@ from una import (
     dpo_loss,
     estimated_offset,
     implicit_reward,
-    implicit_score,
     kto_loss,
     optimal_policy,
     reward_model_loss,
@@ -229,8 +228,6 @@ def test_map_kto_and_map_bco_are_the_binary_loss_with_an_offset_of_minus_beta_z0
         weighted = lambda p: torch.where(LABEL == 1, 2.0 * paper(p), 0.7 * paper(p))
         assert finds(kto, paper, policy, dict(label=1 - LABEL))
         assert finds(partial(kto, up=2.0, down=0.7), weighted, policy, dict(up=0.7, down=2.0))
-        for label in (0 * LABEL, 0 * LABEL + 1):                 # of one class alone
-            assert close(kto(policy, label), kto_paper(policy, ref, z0, label=label))
     # Jung et al. 2024, with r = beta rho: -log sigma(r - delta) for label 1, -log sigma(delta - r)
     # for label 0; and -log sigma(m) = log(1 + e^-m). delta is a reward, no beta: half the sum of
     # both classes' means of r, one for all prompts, held.
@@ -267,9 +264,6 @@ def test_map_kto_and_printed_kto_reference_point_is_a_mean_clamped_held_constant
     KL = (best.exp() * (best - ref)).sum()
     assert close(beta * KL, (best.exp() * rewards).sum() - value)
     assert (beta * KL - value).abs() > 0.1
-    policy, one = normals(40)(6), torch.ones(6)
-    with_log_Z = una_binary_loss(implicit_reward(policy, ref, beta, -value), one, "mae")
-    assert not close(kto_loss(policy, ref, one, ref, ref, beta), with_log_Z)
 
 
 # ---------------------------------------------------------------- the map: rewards and an offset
@@ -286,10 +280,8 @@ def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
     # It is the beta log Z of Eq. 19: ten thousand equally likely responses with the quantiles
     # (k - 1/2) / 10^4, by the midpoint rule, error 1e-9.
     quantiles = (torch.arange(10_000).double() + 0.5) / 10_000
-    ref = torch.full_like(quantiles, -math.log(10_000))
-    best, value = optimal_policy(ref, quantiles, beta)
+    _, value = optimal_policy(torch.full_like(quantiles, -math.log(10_000)), quantiles, beta)
     assert close(value, beta * log_Z, tol=1e-8) and not close(value, log_Z, tol=1e-8)
-    assert una_reward_loss(implicit_reward(best, ref, beta, beta * log_Z), quantiles).max() < 1e-15
 
 
 def test_map_a_star_po_rpo_and_map_kimi_are_the_reward_loss_with_the_estimated_offset():
@@ -309,12 +301,8 @@ def test_map_a_star_po_rpo_and_map_kimi_are_the_reward_loss_with_the_estimated_o
         # No offset, one without beta, another prompt's, a sum for the mean, the mean reward.
         wrong = (0.0, V / beta, V.flip(0), V + beta * math.log(given.shape[1]), own_mean(given))
         assert finds(una, paper, policy, dict(ref=other), *[dict(V=V) for V in wrong])
-    # So Kimi forgets pi_ref: a round starts with the gradient of the reward alone, without a KL,
-    # and ends, if the five responses are all there are, at pi_i e^{r/tau} / Z.
+    # So Kimi forgets pi_ref: a round starts with the gradient of the reward alone, without a KL.
     assert close(gradient(kimi, last), -2 * tau * (rewards - V))
-    best, value = optimal_policy(last.log_softmax(-1), rewards, tau)
-    assert close(una(best, value[:, None], last.log_softmax(-1)), 0.0)
-    assert not close(una(best, value[:, None], ref.log_softmax(-1)), 0.0)
 
 
 def test_map_dro_map_path_and_map_trajectory_balance_are_the_reward_loss_with_a_learned_offset():
@@ -325,15 +313,9 @@ def test_map_dro_map_path_and_map_trajectory_balance_are_the_reward_loss_with_a_
     una = lambda p, V=V: una_reward_loss(implicit_reward(p, ref, tau, V), rewards) / 2
     assert finds(una, dro, policy, dict(V=tau * V), dict(V=-V))  # V is a reward; its sign
     assert same(lambda V: una(policy, V), lambda V: dro(policy, V), V)
-    # The policy's part alone, -(A rho - tau/2 rho^2) with A = r - V held, is the loss over tau less
-    # what does not depend on pi. V would learn something else from it.
-    alone = lambda p, V=V: tau / 2 * (p - ref) ** 2 - (rewards - V) * (p - ref)
     residual = rewards - V - tau * (policy - ref)
-    by_V = lambda loss: gradient(lambda V: loss(policy, V), V)
     assert close(gradient(una, policy), -tau * residual)
-    assert close(gradient(una, policy), tau * gradient(alone, policy))
-    assert close(by_V(una), -residual.sum(1, keepdim=True))
-    assert not close(by_V(una), tau * by_V(alone))
+    assert close(gradient(lambda V: una(policy, V), V), -residual.sum(1, keepdim=True))
     # Nachum et al. 2018, token by token, tau for their lambda, undiscounted, no entropy bonus: the
     # square of -V(x) + sum_t (r_t - tau log pi/pi_ref(y_t)), r_t = r at the last token alone.
     tokens, ref_tokens = normals(75)(2, 8, 5, 4)
@@ -354,14 +336,8 @@ def test_map_dro_map_path_and_map_trajectory_balance_are_the_reward_loss_with_a_
         implicit_reward(t.log_softmax(-1), ref, beta, beta_z * z), rewards) / beta**2
     assert finds(una, balance, theta, dict(beta_z=1.0))          # log Z without beta
     assert same(lambda z: una(theta, z), lambda z: balance(theta, z), log_Z)
-    # E_{y~pi}, the samples held fixed: log Z_phi drops out, and -2 beta grad J / beta^2 is left.
-    grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, beta), theta)
-    mean = lambda samples, z=log_Z: gradient(lambda t: samples.exp() * balance(t, z), theta)
-    fresh, (best, value) = theta.log_softmax(-1), optimal_policy(ref, rewards, beta)
-    assert close(mean(fresh), -2 / beta * grad_J) and close(mean(fresh, 0.0), -2 / beta * grad_J)
-    assert not close(mean(fresh), -2 * beta * grad_J)
-    # On samples of pi_ref that is lost; the loss is 0 at pi* all the same.
-    assert not close(mean(ref), -2 / beta * grad_J)
+    # So what holds of Eq. 7 holds of it: whoever drew the samples, it is 0 at pi*.
+    best, value = optimal_policy(ref, rewards, beta)
     assert close(balance(best, value[:, None] / beta), 0.0)
 
 
@@ -390,14 +366,12 @@ def test_map_nca_is_the_weighted_score_loss_with_cross_entropy_and_the_offset_in
     # r_theta = r, where una-score with the estimated offset is at a beta of alpha beta. That is all
     # they share: the ratio of their slopes elsewhere is another one for each response.
     best = ref + (rewards - V) / (alpha * beta)
-    assert close(gradient(paper, best), 0.0) and not close(gradient(paper, best + V), 0.0)
-    for g in ("mse", "bce"):
-        score = lambda p, offset=V: una_score_loss(
-            implicit_reward(p, ref, alpha * beta, offset), torch.sigmoid(rewards), g)
-        assert close(gradient(score, best), 0.0)
-        assert not close(gradient(lambda p: score(p, 0.0), best), 0.0)
-        ratio = gradient(paper, policy) / gradient(score, policy)
-        assert (ratio > 0).all() and ratio.max() > 2 * ratio.min()
+    score = lambda p: una_score_loss(
+        implicit_reward(p, ref, alpha * beta, V), torch.sigmoid(rewards), "bce")
+    assert close(gradient(paper, best), 0.0) and close(gradient(score, best), 0.0)
+    assert not close(gradient(paper, best + V), 0.0)
+    ratio = gradient(paper, policy) / gradient(score, policy)
+    assert (ratio > 0).all() and ratio.max() > 2 * ratio.min()
 
 
 def test_map_info_nca_cancels_the_offset_and_of_two_responses_is_dpo_with_a_soft_label():
@@ -434,7 +408,8 @@ def policy_gradient(theta, ref, rewards, beta, y, baseline):
 
 
 def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
-    # Eq. 7 without its mean: REINFORCE with the offset for its baseline, times -2 beta.
+    # Eq. 7 without its mean, which test_una.py has: REINFORCE with the offset for its baseline,
+    # times -2 beta.
     (theta, ref, rewards), offset, beta = LISTS, normals(27)(8), 0.3
     ref, y, rows = ref.log_softmax(-1), normals(26)(8, 5).argmax(-1), torch.arange(8)
     reinforce = lambda baseline: policy_gradient(theta, ref, rewards, beta, y, baseline)
@@ -445,14 +420,6 @@ def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
     assert close(gradient(una, theta), -2 * beta * reinforce(offset))
     assert not close(gradient(una, theta), -2 * reinforce(offset))       # missing beta
     assert not close(gradient(una, theta), -2 * beta * reinforce(0))     # in mean only
-    # E_{y~pi} over all five responses: the baseline is gone, and what is left is grad J.
-    grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, beta), theta)
-    mean = lambda weights, baseline: sum(
-        weights[:, [y]] * policy_gradient(theta, ref, rewards, beta, 0 * rows + y, baseline)
-        for y in range(5))
-    for baseline in (0.0, 2.5):
-        assert close(mean(theta.softmax(-1), baseline), grad_J)
-    assert not close(mean(ref.exp(), 0.0), grad_J)               # samples of another policy
 
 
 def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_own_mean_residual():
@@ -499,9 +466,8 @@ def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_ow
     assert close(gradient(half, policy), -beta * weight)
     assert not close(gradient(lambda p: half(p, lambda b: 0.0), policy), -beta * weight)
     # So both are 0 where pi is proportional to pi_ref e^{r/beta} on the samples, whoever drew them.
-    for shift in (0.0, 2.0):
-        tilted = ref + rewards / beta - shift
-        assert close(half(tilted), 0.0) and close(vargrad(tilted), 0.0)
+    tilted = ref + rewards / beta - 2.0
+    assert close(half(tilted), 0.0) and close(vargrad(tilted), 0.0)
     assert not close(half(tilted + normals(92)(8, 5)), 0.0)
 
 
@@ -516,14 +482,6 @@ def test_map_grpo_is_the_policy_gradient_of_rewards_over_their_spread_but_for_it
     una = gradient(lambda p: una_reward_loss(
         implicit_reward(p, ref, beta, own_mean(r)), r), policy) / (2 * beta)
     assert close(una, grpo(k2)) and not close(una, grpo(k3)) and not close(una, grpo(k2, rewards))
-    # On fresh samples k2 has the gradient of KL(pi || pi_ref), which is J's, and k3, held, that of
-    # KL(pi_ref || pi): GRPO's optimum is not pi*.
-    ref = ref.log_softmax(-1)
-    mean = lambda k: gradient(lambda t: policy.softmax(-1) * k(t.log_softmax(-1) - ref), policy)
-    KL = lambda p, q: (p.exp() * (p - q)).sum(-1)
-    forward = gradient(lambda t: KL(ref, t.log_softmax(-1)), policy)
-    reverse = gradient(lambda t: KL(t.log_softmax(-1), ref), policy)
-    assert close(mean(k2), reverse) and close(mean(k3), forward) and not close(mean(k3), reverse)
 
 
 # ---------------------------------------------------------------- the map: what holds the mass
@@ -605,28 +563,6 @@ def test_relation_cross_entropy_exceeds_dpo_and_has_the_minimiser_of_mse_as_mae_
     assert [s[mean(g).argmin()].item() for g in ("mse", "bce", "mae")] == [0.70, 0.70, 0.99]
 
 
-def test_relation_losses_at_the_first_step_and_slopes_there_and_at_a_confident_mistake():
-    # pi = pi_ref: rho = 0 exactly, so every reward is 0 and every score 1/2, whatever the labels.
-    logprob = PAIRS[0] - 20
-    reward = implicit_reward(logprob, logprob.clone(), 0.1)
-    assert (reward == 0).all() and close(implicit_score(reward), 0.5)
-    assert close(dpo_loss(logprob, logprob - 3, logprob, logprob - 3, 0.1), math.log(2))
-    assert close(una_pair_loss(reward, reward), math.log(2))
-    for g, expected in (("bce", math.log(2)), ("mse", 0.25), ("mae", 0.5)):
-        assert close(una_binary_loss(reward, LABEL, g), expected)
-    assert close(kto_loss(logprob, logprob, LABEL, logprob, logprob, 0.1), 0.5)
-    assert close(una_score_loss(reward, torch.full_like(reward, 0.8)), 0.09)
-    # |dL/dr| for label 1 at r = 0 and at r = -10. Only DPO and BCE can still repair the mistake.
-    r, zero, one = torch.tensor([0.0, -10.0]).double(), torch.zeros(2).double(), torch.ones(2)
-    for loss, slopes in (
-            (lambda r: una_pair_loss(r, zero), [0.5, 0.99995460]),
-            (lambda r: una_binary_loss(r, one, "bce"), [0.5, 0.99995460]),
-            (lambda r: una_binary_loss(r, one, "mse"), [0.25, 9.0787e-5]),
-            (lambda r: una_binary_loss(r, one, "mae"), [0.25, 4.5396e-5]),
-            (lambda r: kto_loss(r, zero, one, zero, zero, 1.0), [0.25, 4.5396e-5])):
-        assert close(gradient(loss, r).abs(), slopes, tol=1e-8)
-
-
 # ---------------------------------------------------------------- an independent implementation
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text(encoding="utf-8"))
@@ -679,37 +615,32 @@ def of_first(name, rows=slice(None), dtype=torch.float64):
 
 def test_loss_of_a_batch_is_that_of_its_rows_and_finite_with_its_gradient_at_extreme_rewards():
     # One value for each example, from it alone: a batch may be split, shuffled, mixed with others.
-    reward, order = 2 * normals(53)(8), torch.tensor([3, 0, 6, 5, 1, 4, 2, 7])
+    reward = 2 * normals(53)(8)
     for name in LOSSES:
-        whole = of_first(name)(reward)
-        assert whole.shape == (8,) and whole.dtype == torch.float64, name
         rows = [of_first(name, slice(i, i + 1))(reward[i:i + 1]) for i in range(8)]
-        assert close(torch.cat(rows), whole) and not close(whole[order], whole), name
-        assert close(of_first(name, order)(reward[order]), whole[order]), name
+        assert close(of_first(name)(reward), torch.cat(rows)), name
         # log(sigmoid(-1000)) would be -inf, its gradient nan. All combinations of sign and label.
         for dtype in (torch.float32, torch.float64):
             extreme = torch.tensor([1000, 1000, -1000, -1000, 0, 0, 1, 1], dtype=dtype)
             loss = of_first(name, dtype=dtype)
             assert loss(extreme).isfinite().all() and (loss(extreme) >= 0).all(), name
             assert gradient(loss, extreme).isfinite().all(), name
-    # -log sigma(-1000) = 1000 up to e^-1000.
-    r, zero, label = torch.tensor([1000.0, -1000.0]).double(), torch.zeros(2).double(), LABEL[:, 0]
-    bce = lambda r: una_binary_loss(r, 1 - label, "bce")
-    assert close(bce(r), 1000.0) and close(gradient(bce, r), [1.0, -1.0])
-    for loss in (una_pair_loss, reward_model_loss, lambda r, l: dpo_loss(r, l, zero, zero, 1.0)):
-        assert close(loss(-r.abs(), zero), 1000.0)
+    wrong, zero, one = torch.tensor([[-1000.0], [0], [1]]).double()
+    for loss in (una_pair_loss, reward_model_loss, lambda w, l: dpo_loss(w, l, l, l, 1.0),
+                 lambda w, _: una_binary_loss(w, one, "bce")):
+        assert close(loss(wrong, zero), 1000.0)                  # -log sigma(-1000), up to e^-1000
     log_sigmoid = lambda r: -torch.log(torch.sigmoid(r))         # what one would write first
-    assert log_sigmoid(r).isinf().any() and gradient(log_sigmoid, r).isnan().any()
+    assert log_sigmoid(wrong).isinf() and gradient(log_sigmoid, wrong).isnan()
 
 
 def test_labels_may_be_bool_int_or_float_and_nothing_but_zero_and_one():
     r, label = PAIRS[0, 0, :3], torch.tensor([1, 0, 0])
     for loss in (*[partial(una_binary_loss, r, g=g) for g in ("mse", "bce", "mae")],
                  lambda label: kto_loss(r, 0 * r, label, r, 0 * r, 0.3)):
-        for dtype in (torch.bool, torch.int32, torch.float32, torch.float64):
+        for dtype in (torch.bool, torch.float32):
             assert loss(label.to(dtype)).equal(loss(label))
         # The message names the first of them.
-        for bad in (-1, 2, -1.0, 0.3, 2.0, math.nan):
+        for bad in (-1, 0.3, math.nan):
             with pytest.raises(ValueError, match=f"0 or 1, got {bad}"):
                 loss(torch.tensor([1, bad, 7]))
 
@@ -718,7 +649,7 @@ def test_shapes_that_differ_are_refused_and_named_and_an_offset_may_broadcast_bu
     # (B, 1) against (B,) becomes (B, B), all against all. (1,) and () would stand for all rows.
     for name, function in ALIKE.items():
         arguments = ARGUMENTS[name]
-        for i, shape in product(range(len(arguments)), ((4, 1), (1,), (1, 4), (), (3,))):
+        for i, shape in product(range(len(arguments)), ((4, 1), (1,), ())):
             shapes = [(4,)] * len(arguments)
             shapes[i] = shape
             with pytest.raises(ValueError) as error:
@@ -730,15 +661,8 @@ def test_shapes_that_differ_are_refused_and_named_and_an_offset_may_broadcast_bu
         for shape in ((), (1,), (4,), (4, 1), (2, 3)):           # alike, and kept
             kept = function(*[torch.ones(shape)] * len(arguments)).shape
             assert kept == (shape if name != "kto_loss kl" else (5,)), name
-    # The mean over all against all is not the mean of the losses: this is what is refused.
-    reward, given = PAIRS[0]
-    assert not close(una_reward_loss(reward, given).mean(), ((given - reward[:, None]) ** 2).mean())
-    logprob, ref, offsets = normals(66)(3, 4, 6)
-    for shape in ((), (6,), (1, 6), (4, 1), (4, 6)):
-        offset = offsets.flatten()[:math.prod(shape)].view(shape)
-        expected = 0.3 * (logprob - ref) + offset.expand(4, 6)
-        assert close(implicit_reward(logprob, ref, 0.3, offset), expected)
-    for shape in ((4, 1), (1, 1), (4, 4)):
-        with pytest.raises(ValueError) as error:
-            implicit_reward(logprob[:, 0], ref[:, 0], 0.3, torch.zeros(shape))
-        assert f"logprob (4,), offset {shape}" in str(error.value)
+    for shape in ((), (6,), (4, 1), (4, 6)):
+        reward = implicit_reward(torch.ones(4, 6), torch.zeros(4, 6), 0.3, torch.zeros(shape))
+        assert close(reward, 0.3, 1e-6)
+    with pytest.raises(ValueError, match=r"logprob \(4,\), offset \(4, 1\)"):
+        implicit_reward(torch.ones(4), torch.zeros(4), 0.3, torch.zeros(4, 1))

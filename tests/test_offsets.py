@@ -7,7 +7,6 @@ import copy
 import functools
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import data
 import train
 import una
 from helpers import close, moved, near
+from toy import changed
 
 STORED = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
 WITH_OFFSET = [name for name in STORED if name.endswith(("-estimated", "-learned"))]
@@ -103,47 +103,36 @@ def weights(model):
 
 # ---------------------------------------------------------------- where an offset begins
 @pytest.mark.parametrize("name", STORED)
-def test_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
-    method = train.METHODS[name]
-    offsets = train.start_offsets(method, everything(), 0.25)
-    assert offsets.shape == (len(data.TRAIN_PROMPTS),) == (3,)
-    assert offsets.any() == (method.offset != "zero") == (name in WITH_OFFSET)
-    assert offsets.requires_grad == (method.offset == "learned")
-    if method.offset == "learned":
-        assert offsets.tolist() == pytest.approx(balances(everything(), name), abs=1e-4)
+def test_eq04_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
+    method, batch = train.METHODS[name], everything()
+    assert (method.offset != "zero") == (name in WITH_OFFSET)
+    assert (method.offset == "estimated") == (name in ESTIMATED)
+    for beta in (0.25, 1.0):
+        offsets = train.start_offsets(method, batch, beta)
+        expected = (estimates(batch, beta, name) if method.offset == "estimated" else
+                    balances(batch, name) if method.offset == "learned" else [0, 0, 0])
+        assert offsets.tolist() == pytest.approx(expected, abs=1e-4)
+        assert offsets.requires_grad == (method.offset == "learned")
+        # No two prompts are alike; and of mixed feedback not all scores are known.
+        assert len({round(value, 2) for value in expected}) == (1 if method.offset == "zero" else 3)
+        if method.offset == "estimated":
+            assert (expected != estimates(batch, beta)) == ("mixed" in name)
 
 
-@pytest.mark.parametrize("beta", [0.25, 1.0, 8.0])
-@pytest.mark.parametrize("name", ESTIMATED)
-def test_eq04_an_estimated_offset_is_that_of_the_prompts_own_scored_rewards(name, beta):
-    batch = everything()
-    expected = estimates(batch, beta, name)
-    offsets = train.start_offsets(train.METHODS[name], batch, beta)
-    assert offsets.tolist() == pytest.approx(expected, abs=1e-4)
-    assert len({round(value, 2) for value in expected}) == 3     # no two prompts are alike
-    assert (expected != estimates(batch, beta)) == ("mixed" in name)
-    if "mixed" not in name:                                      # in any order
-        batch = data.take(prepared().feedback, torch.randperm(40, generator=torch.Generator()))
-        offsets = train.start_offsets(train.METHODS[name], batch, beta)
-        assert offsets.tolist() == pytest.approx(estimates(batch, beta), abs=1e-4)
-
-
-@pytest.mark.parametrize("name", ["una-binary-bce", "una-score", "una-mixed"])
+@pytest.mark.parametrize("name", ["una-binary-bce", "una-score"])
 def test_where_an_offset_is_balanced_the_loss_moves_no_prompts_responses_all_alike(name):
     # dL/drho of the squared loss is 2 beta (s - s_phi) s (1 - s), of bce beta (s - label).
     method, batch = train.METHODS[name], everything()
     balanced = train.balanced_offsets(method, batch)
     assert balanced.tolist() == pytest.approx(balances(batch, name), abs=1e-4)
-    if name != "una-mixed":
-        for offsets, still in ((balanced, True), (balanced + 0.5, False)):
-            batch.offset = offsets.double()[numbers(batch)]
-            rho = torch.zeros(46).double().requires_grad_()
-            implicit = una.implicit_reward(rho, torch.zeros(46).double(), 0.25, batch.offset)
-            loss = (una.una_binary_loss(implicit, batch.labels, "bce") if "binary" in name
-                    else una.una_score_loss(implicit, batch.scores.double()))
-            (pull,) = torch.autograd.grad(loss.sum(), rho)
-            by_prompt = torch.zeros(3).double().index_add(0, batch.prompt, pull)
-            assert (by_prompt.abs().max() < 1e-5) == still and pull.abs().max() > 0.01
+    for offsets, still in ((balanced, True), (balanced + 0.5, False)):
+        rho = torch.zeros(46).double().requires_grad_()
+        implicit = una.implicit_reward(rho, 0 * rho.detach(), 0.25, offsets.double()[batch.prompt])
+        loss = (una.una_binary_loss(implicit, batch.labels, "bce") if "binary" in name
+                else una.una_score_loss(implicit, batch.scores.double()))
+        (pull,) = torch.autograd.grad(loss.sum(), rho)
+        by_prompt = torch.zeros(3).double().index_add(0, batch.prompt, pull)
+        assert (by_prompt.abs().max() < 1e-5) == still and pull.abs().max() > 0.01
 
 
 def test_offsets_are_numbers_however_few_the_scores_of_a_prompt():
@@ -157,69 +146,32 @@ def test_offsets_are_numbers_however_few_the_scores_of_a_prompt():
         una.estimated_offset(batch.scores[4:].logit(), 0.25).item())
 
 
-def test_eq04_an_offset_is_estimated_at_the_losses_beta_and_not_at_the_tasks():
-    for multiple in (1, 6):
-        _, offsets, _ = run("una-score-estimated", beta_multiple=multiple)
-        assert offsets.tolist() == pytest.approx(estimates(everything(), 0.25 * multiple), abs=1e-4)
-    assert offsets.tolist() != pytest.approx(estimates(everything(), 0.25), abs=0.1)
-
-
-# ---------------------------------------------------------------- who gets it
-@pytest.mark.parametrize("name", ["una-pair", "una-mixed", *WITH_OFFSET])
-def test_each_response_has_the_number_of_its_own_prompt(name):
-    table = torch.linspace(-1, 2, 3)
-    for batch in itertools.islice(batches(name, table, size=24), 5):
-        assert torch.equal(batch.offset, table[numbers(batch)])
+def test_eq04_an_offset_is_estimated_at_the_losses_beta_or_given_and_goes_to_its_prompt():
+    its = train.METHODS["una-score-estimated"]._replace(beta_multiple=6, ramp=0)
+    table = torch.linspace(-3, 3, 3)
+    for given, expected in ((None, estimates(everything(), 6 * 0.25)), (table, table.tolist())):
+        _, stream, _, offsets = train.begin(its, settings(batch=24), 0, prepared(), given)
+        assert offsets.tolist() == pytest.approx(expected, abs=1e-4)
+        for batch in itertools.islice(stream, 5):
+            assert torch.equal(batch.offset, offsets[numbers(batch)])
     assert not prepared().feedback.offset.any()                  # what is shared stays as it was
 
 
 @pytest.mark.parametrize("name", ["una-score-estimated", "una-mixed-estimated"])
 def test_an_estimate_is_moved_to_in_even_steps_from_where_it_is_balanced(name):
-    seen, its = [], train.METHODS[name]._replace(ramp=0.5)
+    its = train.METHODS[name]._replace(ramp=0.5)
     _, stream, _, offsets = train.begin(its, settings(steps=8), 0, prepared())
-    start = balances(everything(), name)
-    for step in range(8):
-        batch = next(stream)
-        for own, i in zip(batch.offset.tolist(), numbers(batch)):
-            moved_so_far = min(1, step / 4)
-            expected = start[i] + moved_so_far * (offsets[i].item() - start[i])
-            assert own == pytest.approx(expected, abs=1e-5)
-            seen.append(abs(own - offsets[i].item()) > 0.05)
-    assert True in seen and False in seen
-    _, at_once, _, _ = train.begin(its._replace(ramp=0.0), settings(steps=8), 0, prepared())
-    first = next(at_once)
-    assert torch.equal(first.offset, offsets[numbers(first)])
+    start = torch.tensor(balances(everything(), name))
+    assert not near(start, offsets, 0.05)
+    for step, batch in zip(range(8), stream):
+        expected = start + min(1, step / 4) * (offsets - start)
+        assert near(batch.offset, expected[numbers(batch)], 1e-5)
 
 
-def test_offsets_that_are_given_stand_in_for_the_methods_own():
-    table, seen = torch.linspace(-3, 3, 3), []
-
-    def recorded(policy, batch, beta):
-        seen.append(torch.equal(batch.offset, table[numbers(batch)]))
-        return train.una_score(policy, batch, beta)
-    for offset in ("estimated", "exact"):                        # exact: one of lab/variants.py's
-        _, offsets, _ = run("una-score-estimated", offsets=table, loss=recorded, offset=offset,
-                            ramp=0)
-        assert offsets is table
-    assert seen == [True] * 6
-
-
-def test_offsets_are_reported_as_they_are_at_the_end_of_methods_that_have_some():
-    assert "offsets" not in train.run_method(settings(), 0, "una-online", prepared())
-    _, fresh, _, offsets = train.begin(train.METHODS["una-online"], settings(), 0, prepared())
-    assert next(fresh).offset == 0 and offsets is None
-    for name in ("una-score", *WITH_OFFSET):
+def test_offsets_are_reported_as_they_are_at_the_end():
+    for name in ("una-score", "una-score-estimated", "una-score-learned"):
         entry = train.run_method(settings(), 0, name, prepared())
-        assert entry["offsets"] == run(name)[1].tolist() and len(entry["offsets"]) == 3
-        assert any(entry["offsets"]) == (name in WITH_OFFSET)
-
-
-def test_eq10_no_offset_is_seen_in_pairs_and_labels_see_it():
-    policy = moved(prepared().reference, 0.2)
-    for name, tolerance in (("una-pair", 1e-6), ("una-binary-bce", 0.1)):
-        without, seen = (train.METHODS[name].loss(policy, next(batches(name, offsets)), 0.5)
-                         for offsets in (torch.zeros(3), torch.linspace(-1, 2, 3)))
-        assert near(without, seen, tolerance) == (name == "una-pair")
+        assert entry["offsets"] == run(name)[1].tolist()
 
 
 # ---------------------------------------------------------------- the losses, written out
@@ -233,12 +185,9 @@ def written_out(name, batch, logit):
     return (rewards(batch) - logit) ** 2
 
 
-@pytest.mark.parametrize("beta", [0.25, 1.0])
 @pytest.mark.parametrize("name", ALONE)
-def test_eq07_eq12_eq13_with_an_offset_are_the_losses_written_out(name, beta):
+def test_eq07_eq12_eq13_with_an_offset_are_the_losses_written_out(name, beta=0.25):
     policy, table = moved(prepared().reference, 0.2), torch.linspace(-1, 2, 3)
-    if name in ESTIMATED:
-        table = train.start_offsets(train.METHODS[name], everything(), beta)
     batch = next(batches(name, table))
     rho, own, others = (rho_of(policy, batch), table[numbers(batch)], table.roll(1)[numbers(batch)])
     value = train.METHODS[name].loss(policy, batch, beta)
@@ -252,9 +201,8 @@ def mean_loss(name, policy, batch):
     """Of labels, the mean over them: 1 has the chance that the score is."""
     if "binary" not in name:
         return train.METHODS[name].loss(policy, batch, 0.25)
-    up, down = (train.una_binary_bce(policy, SimpleNamespace(
-        **vars(batch) | dict(labels=torch.full_like(batch.labels, label))), 0.25)
-        for label in (1, 0))
+    up, down = (train.una_binary_bce(policy, changed(
+        batch, labels=torch.full_like(batch.labels, label)), 0.25) for label in (1, 0))
     return batch.scores * up + (1 - batch.scores) * down
 
 
@@ -291,11 +239,6 @@ def test_a_learned_offset_is_pulled_by_the_responses_to_its_own_prompt_alone():
                 for prompt in range(3)]
     assert table.grad.tolist() == pytest.approx(expected, abs=1e-6)
     assert min(map(abs, expected)) > 0.01
-    del batch.anchor                                             # not one a response
-    few = data.take(batch, torch.tensor([i in (0, 2) for i in numbers(batch)]))
-    few.offset, table.grad = table[few.prompt], None
-    train.una_binary_bce(policy, few, 0.25).mean().backward()
-    assert table.grad.nonzero().flatten().tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("name", ["una-binary-learned", "una-score-learned"])
@@ -312,39 +255,8 @@ def test_a_learned_offset_has_offset_times_the_learning_rate_of_the_weights(name
     assert farthest == pytest.approx(rate, rel=1e-3) and train.OFFSET_TIMES > 1
 
 
-def test_an_estimated_offset_never_moves_a_learned_one_does_and_has_its_bytes_of_state():
-    # A number, its gradient and two moments of 4 bytes for each prompt, and a step count.
-    bare = run("una-score")[2]["state_bytes"]
+def test_an_estimated_offset_never_moves_and_a_learned_one_does():
     for name in WITH_OFFSET:
-        (_, first, told), (_, last, _) = run(name, steps=1), run(name, steps=4)
-        method, learned = train.METHODS[name], name not in ESTIMATED
+        method, last = train.METHODS[name], run(name, steps=4)[1]
         start = train.start_offsets(method, everything(), 0.25 * method.beta_multiple)
-        assert told["state_bytes"] == bare + learned * (16 * 3 + 4)
-        for begun, moved_once, moved_on in zip(start.tolist(), first.tolist(), last.tolist()):
-            assert (begun == moved_once == moved_on) != learned
-            assert (begun != moved_on != moved_once) == learned
-
-
-# ---------------------------------------------------------------- the level of a prompt
-@pytest.mark.parametrize("name, differs", [
-    ("dpo", False), ("una-pair", False), ("una-score", True), ("una-binary-bce", True),
-    ("una-online-score", True), ("ppo", True)])
-def test_a_run_on_pairs_knows_no_level_to_the_last_bit_and_other_runs_do(name, differs):
-    flat, raised = (weights(run(name, level)[0]) for level in (0.0, 1.0))
-    assert torch.equal(flat, raised) != differs
-    assert not torch.equal(flat, weights(prepared().reference))
-
-
-def test_a_level_is_in_the_rewards_of_fresh_samples_and_una_onlines_baseline_takes_it_out():
-    policy, seen, slopes = moved(prepared().reference), {}, {}
-    for level in (0.0, 1.0):
-        seen[level] = next(train.fresh_batches(policy, None, prepared(), 48, 0, level))
-        assert near(seen[level].rewards, rewards(seen[level], level), 1e-6)
-        for name in ("una-online", "una-online-score"):
-            loss = train.METHODS[name].loss(policy, seen[level], 0.25).mean()
-            slopes[name, level] = torch.cat([slope.flatten() for slope in torch.autograd.grad(
-                loss, [*policy.parameters()])])
-    assert torch.equal(seen[0.0].tokens, seen[1.0].tokens)
-    assert not near(seen[0.0].rewards, seen[1.0].rewards, 0.3)
-    assert near(slopes["una-online", 0.0], slopes["una-online", 1.0], 1e-5)
-    assert not near(slopes["una-online-score", 0.0], slopes["una-online-score", 1.0], 1e-3)
+        assert (start != last).tolist() == [name not in ESTIMATED] * 3, name

@@ -1,7 +1,6 @@
 """PPO, which UNA would replace: its equations against slow loops and full enumeration; then its
 inner steps in train.py and the reward model, on real prompts."""
 import math
-import random
 from itertools import product
 from types import SimpleNamespace
 
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 import data
 import train
 import una
-from helpers import gpt, gradient, moved, near, normals
+from helpers import gpt, gradient, gradient_in, moved, near, normals
 from model import ScalarGPT
-from toy import changed
+from toy import changed, small
 
 # Prompt columns first, padding last: responses of one token to all eight, with and without
 # something on either side.
@@ -89,12 +88,9 @@ def test_token_rewards_are_the_slow_loop_and_add_up_to_the_reward_minus_beta_rho
     rho = ((logprobs - ref) * MASK).sum(1)
     assert near(rewards, expected) and near(rewards.sum(1), reward - 0.3 * rho)
     # That of a response without tokens is nobody's.
-    mask, zero = torch.tensor([[False, True, True, False], [False] * 4]), torch.zeros(2, 4).double()
-    rewards = lambda reward: una.ppo_token_rewards(reward, zero, zero, mask, 0.3)
-    for garbage in (math.nan, math.inf):
-        reward = torch.tensor([2.0, garbage], dtype=torch.float64)
-        assert rewards(reward).tolist() == [[0, 0, 2, 0], [0, 0, 0, 0]]
-        assert gradient(rewards, reward).tolist() == [1, 0]
+    mask, zero = torch.tensor([[False, True, True, False], [False] * 4]), torch.zeros(2, 4)
+    rewards = una.ppo_token_rewards(torch.tensor([2.0, math.nan]), zero, zero, mask, 0.3)
+    assert rewards.tolist() == [[0, 0, 2, 0], [0, 0, 0, 0]]
 
 
 def test_advantages_are_the_double_sum_and_targets_the_advantages_plus_values():
@@ -112,8 +108,6 @@ def test_advantages_are_the_double_sum_and_targets_the_advantages_plus_values():
         advantages, targets = una.ppo_advantages(rewards, values, MASK, lam)
         assert near(advantages, slow(lam)), lam
         assert near(targets, (advantages + values) * MASK), lam
-    # lambda = 1: the values between telescope, and the rewards still to come are the targets.
-    assert near(targets, (rewards * MASK).flip(1).cumsum(1).flip(1) * MASK)
     # Neither lambda is confused with gamma, nor padding with a future.
     advantages, _ = una.ppo_advantages(rewards, values, MASK, 0.5)
     for wrong in (dict(lam=1.0, gamma=0.5), dict(lam=0.5, gamma=0.5),
@@ -122,28 +116,18 @@ def test_advantages_are_the_double_sum_and_targets_the_advantages_plus_values():
 
 
 # ---------------------------------------------------------------- the two losses
-def test_both_losses_are_the_slow_loops_with_the_gradients_of_finite_differences():
+def test_both_losses_are_the_slow_loops():
     old, fixed, change = matrices(0, 3)              # fixed: advantages, or targets
-    new, within = old + 0.4 * change, old + (0.4 * change).clamp(-0.18, 0.18)
+    new = old + 0.4 * change
     ratios, advantages = (new - old)[MASK].exp().tolist(), fixed[MASK].tolist()
     # Both signs of A; above the clip range, below it, within.
     assert len({(a > 0, w > 1 + CLIP, w < 1 - CLIP) for w, a in zip(ratios, advantages)}) == 6
     for fast, slow in [(una.ppo_policy_loss, slow_policy_loss),
                        (una.ppo_value_loss, slow_value_loss)]:
-        loss, expected = lambda x: fast(x, old, fixed, MASK, CLIP), torch.zeros(8).double()
-        slopes = torch.zeros_like(new)
-        for i, t in product(range(8), repeat=2):
-            if MASK[i, t]:
-                expected[i] += slow(new[i, t], old[i, t], fixed[i, t])
-            step = torch.zeros_like(new)
-            step[i, t] = 1e-6
-            slopes[i, t] = (loss(new + step) - loss(new - step)).sum() / 2e-6
-        assert near(loss(new), expected), slow
-        assert near(gradient(loss, new), slopes, 1e-7), slow
-        # It is never below the unclipped loss, and equal to it within the clip.
-        unclipped = lambda x: fast(x, old, fixed, MASK, 1e9)
-        assert (loss(new) >= unclipped(new)).all() and (loss(new) > unclipped(new) + 0.01).any()
-        assert near(loss(within), unclipped(within)), slow
+        expected = torch.zeros(8).double()
+        for i, t in TOKENS:
+            expected[i] += slow(new[i, t], old[i, t], fixed[i, t])
+        assert near(fast(new, old, fixed, MASK, CLIP), expected), slow
 
 
 def test_clipping_stops_what_pays_and_nothing_else():
@@ -196,16 +180,11 @@ def test_nothing_off_the_mask_is_in_the_value_or_the_gradient():
 
 
 def test_a_ratio_is_exact_and_one_that_overflows_is_held_finite_and_makes_no_nan():
-    for dtype, log_ratio in [(torch.float32, 79.0), (torch.float32, 20.0), (torch.float32, -100.0),
-                             (torch.float64, 600.0), (torch.float64, -700.0)]:
-        for advantage in (-1.0, 0.0, 1.0):
-            loss, slope = one_token(log_ratio, advantage, dtype)
-            assert (loss, slope) == one_token(log_ratio, advantage, dtype, naive), log_ratio
-            if advantage < 0 < log_ratio:    # -w A, and its slope the same; other signs are clipped
-                assert loss == slope == pytest.approx(math.exp(log_ratio), rel=1e-5), log_ratio
+    for dtype, log_ratio in (torch.float32, 79.0), (torch.float64, 600.0):
+        loss, slope = one_token(log_ratio, -1.0, dtype)          # -w A, and its slope the same
+        assert loss == slope == pytest.approx(math.exp(log_ratio), rel=1e-5), log_ratio
     assert one_token(-math.inf, 1.0) == (0.0, 0.0)    # a token that the policy has given up
-    for dtype, log_ratio in [(torch.float32, 89.0), (torch.float32, 100.0), (torch.float32, 1e4),
-                             (torch.float64, 1e3), (torch.float64, 1e5)]:
+    for dtype, log_ratio in (torch.float32, 89.0), (torch.float64, 1e3):
         # -min(w, 1.2) A is flat where A > 0.
         loss, slope = one_token(log_ratio, 1.0, dtype)
         assert loss == pytest.approx(-1.2, abs=1e-6) and slope == 0, log_ratio
@@ -214,27 +193,22 @@ def test_a_ratio_is_exact_and_one_that_overflows_is_held_finite_and_makes_no_nan
         assert math.isnan(one_token(log_ratio, 0.0, dtype, naive)[0]), log_ratio
         assert math.isnan(one_token(log_ratio, 1.0, dtype, naive)[1]), log_ratio
         # Where A < 0 nothing clips -w A: w is held at the largest exponent but a tenth.
-        for advantage in (-1.0, -100.0):
-            loss, slope = one_token(log_ratio, advantage, dtype)
-            held = 0.9 * math.log(torch.finfo(dtype).max)
-            assert math.log(loss / -advantage) == pytest.approx(held, rel=1e-6), log_ratio
-            assert slope == 0 and math.isinf(one_token(log_ratio, advantage, dtype, naive)[0])
+        loss, slope = one_token(log_ratio, -100.0, dtype)
+        held = 0.9 * math.log(torch.finfo(dtype).max)
+        assert math.log(loss / 100) == pytest.approx(held, rel=1e-6) and slope == 0, log_ratio
 
 
 # ---------------------------------------------------------------- masks and shapes
 def test_advantages_take_prompt_padding_and_even_no_token_and_refuse_a_hole_in_the_mask():
-    masked = lambda *rows: torch.tensor([[bit == "1" for bit in row] for row in rows])
-    for row in ("1", "0", "111", "011", "110", "0110", "000", "0100"):
-        mask = masked(row)
-        advantages, targets = una.ppo_advantages(torch.ones(mask.shape), 0.0 * mask, mask, 1.0)
-        to_go = [row[t:].count("1") * (row[t] == "1") for t in range(len(row))]
-        assert advantages.tolist() == targets.tolist() == [to_go], row
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    advantages, targets = una.ppo_advantages(torch.ones(3, 4), torch.zeros(3, 4), mask, 1.0)
+    assert advantages.tolist() == targets.tolist() == [[4, 3, 2, 1], [0, 2, 1, 0], [0] * 4]
     # A hole would pass for time, lambda a column, and drop the value behind it. One such row is
     # enough.
-    for row in ("1001", "101", "0101", "1011000", "00100100"):
-        for mask in (masked(row), masked("1" * len(row), row)):
-            with pytest.raises(ValueError, match="^a row of mask has a hole: .* consecutive$"):
-                una.ppo_advantages(torch.ones(mask.shape), torch.ones(mask.shape), mask, 0.9)
+    for row in ([1, 0, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0]):
+        mask = torch.tensor([[1, 1, 1, 1], row]).bool()
+        with pytest.raises(ValueError, match="a row of mask has a hole"):
+            una.ppo_advantages(torch.ones(2, 4), torch.ones(2, 4), mask, 0.9)
 
 
 def test_ppo_refuses_shapes_that_would_broadcast_and_names_them():
@@ -247,10 +221,8 @@ def test_ppo_refuses_shapes_that_would_broadcast_and_names_them():
         # (B,) is the reward of each response, all else is (B, T).
         good = {name: torch.ones(4) if name == "reward" else torch.ones(4, 3) for name in arguments}
         good["mask"] = good["mask"].bool()
-        function(*good.values(), 0.2)
         for name in arguments:
-            shapes = [(1,), (4, 1), (1, 4)] if name == "reward" else [(4, 1), (1, 3), (4, 3, 1)]
-            for shape in shapes:
+            for shape in (4, 1), (1,) if name == "reward" else (1, 3):
                 wrong = {**good, name: torch.ones(shape, dtype=good[name].dtype)}
                 with pytest.raises(ValueError, match="shapes differ") as error:
                     function(*wrong.values(), 0.2)
@@ -350,59 +322,37 @@ def test_eq03_the_first_losses_and_gradient_are_those_by_hand_the_policy_gradien
     # + 1/2 sum_t A_t^2 (as it is, for target - V is A), and grad L = -sum_t A_t grad log pi(y_t).
     # One token at a time: the value of a token is read before it, the reward comes at the last.
     reference, policy, value, batch = ppo_case()
-    for lam in (0.9, 1.0):
-        monkeypatch.setattr(train, "PPO_LAMBDA", lam)
-        losses, advantages = train.ppo(policy, changed(batch), 0.25), []
-        for row, n, reward in zip(batch.tokens, batch.mask.sum(1).tolist(), batch.rewards.tolist()):
-            pi, ref = (model(row[None])[0].log_softmax(-1) for model in (policy, reference))
-            v = [value(row[None, :t])[0, -1].item() for t in range(3, 3 + n)]
-            r = [-0.25 * (pi[t - 1, row[t]] - ref[t - 1, row[t]]).item() for t in range(3, 3 + n)]
-            r[-1] += reward
-            advantages.append(slow_advantages(r, v, lam))
-        flat = [a for of_one in advantages for a in of_one]
-        mean = sum(flat) / len(flat)
-        expected = [sum(-(a - mean) + a * a / 2 for a in of_one) for of_one in advantages]
-        assert losses.tolist() == pytest.approx(expected, abs=1e-9) and abs(mean) > 0.1
-        logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
-        by_policy_gradient = -sum((a - mean) * of_token for row, of_one in zip(logprobs, advantages)
-                                  for of_token, a in zip(row, of_one))
-        for a, b in zip(*(torch.autograd.grad(loss, [*policy.parameters()])
-                          for loss in (losses.sum(), by_policy_gradient))):
-            assert near(a, b, 1e-9)
+    monkeypatch.setattr(train, "PPO_LAMBDA", 0.9)
+    losses, advantages = train.ppo(policy, batch, 0.25), []
+    for row, n, reward in zip(batch.tokens, batch.mask.sum(1).tolist(), batch.rewards.tolist()):
+        pi, ref = (model(row[None])[0].log_softmax(-1) for model in (policy, reference))
+        v = [value(row[None, :t])[0, -1].item() for t in range(3, 3 + n)]
+        r = [-0.25 * (pi[t - 1, row[t]] - ref[t - 1, row[t]]).item() for t in range(3, 3 + n)]
+        r[-1] += reward
+        advantages.append(slow_advantages(r, v, 0.9))
+    flat = [a for of_one in advantages for a in of_one]
+    mean = sum(flat) / len(flat)
+    expected = [sum(-(a - mean) + a * a / 2 for a in of_one) for of_one in advantages]
+    assert losses.tolist() == pytest.approx(expected, abs=1e-9) and abs(mean) > 0.1
+    logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
+    by_policy_gradient = -sum((a - mean) * of_token for row, of_one in zip(logprobs, advantages)
+                              for of_token, a in zip(row, of_one))
+    slopes = (gradient_in(policy, loss) for loss in (losses.sum(), by_policy_gradient))
+    assert all(near(a, b, 1e-9) for a, b in zip(*slopes))
 
 
 # ---------------------------------------------------------------- the reward model
-def test_eq02_the_reward_model_learns_the_order_of_rewards_and_nothing_of_the_prompt_alone():
-    def responses(n, seed):
-        """n responses to two prompts, rows 2i and 2i + 1 to the same; some words are wrong."""
-        rng, words = random.Random(seed), [*data.ADJECTIVES] * 2 + data.NOUNS
-        x = rng.choices(["happy wind :", "sad sea :"], k=n // 2)
-        x = [prompt for prompt in x for _ in range(2)]
-        y = [f" {rng.choice(words)} {rng.choice(words)} {rng.choice(4 * [noun] + data.NOUNS)}"
-             for _, noun, _ in map(str.split, x)]
-        return data.encode_prompts(x), *data.encode_responses(y)
-
+def test_eq02_the_reward_model_learns_the_order_of_rewards(language):
     # Of pairs: coin flips of Eq. 1, not rewards. Asked about other responses.
-    settings = SimpleNamespace(reference_steps=40, steps=160, batch=96, n_layer=1, n_head=2,
-                               n_embd=32, device="cpu")
-    base = train.train_reference(settings, 0)
-    feedback = data.feedback_on(*responses(3200, 0), torch.Generator().manual_seed(0))
+    settings, base = changed(small().settings, judged=3200, steps=160, batch=96), small().reference
+    feedback, others = (train.collect_feedback(settings, seed, base) for seed in (0, 1))
     start = train.train_reward_model(changed(settings, steps=0), 0, base, feedback)
     assert torch.equal(start.hidden(feedback.tokens), base.hidden(feedback.tokens))
-    model = train.train_reward_model(settings, 0, base, feedback, learning_rate=1e-3)
+    model = train.train_reward_model(settings, 0, base, feedback, learning_rate=1e-2)
     for frozen in (base, model):
         assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-    x, y, mask = responses(800, 1)
-    judged = train.model_reward(model, *data.join(x, y, mask)).view(-1, 2)
-    true = data.reward(x, y).view(-1, 2)
+    judged = train.model_reward(model, others.tokens, others.mask).view(-1, 2)
+    true = data.reward(*others.tokens.split(data.PROMPT_TOKENS, 1)).view(-1, 2)
     clear = (true[:, 0] - true[:, 1]).abs() > 1
     right = (judged[:, 0] > judged[:, 1]) == (true[:, 0] > true[:, 1])
     assert clear.sum() > 100 and right[clear].float().mean() > 0.85
-    # r_phi is known up to f(x), which UNA's offset and PPO's values both take up.
-    chosen, rejected = (train.model_reward(model, feedback.tokens[rows], feedback.mask[rows])
-                        .double() for rows in feedback.pairs.T)
-    f = 5.0 * feedback.tokens[feedback.pairs[:, 0], 0]           # a mood's bonus
-    loss = una.reward_model_loss(chosen, rejected)
-    assert near(una.reward_model_loss(chosen + f, rejected + f), loss) and f.std() > 1
-    assert loss.mean() < 0.6 < math.log(2)
-    assert not near(una.reward_model_loss(chosen + f, rejected), loss, 0.1)
