@@ -300,8 +300,8 @@ def main(arguments=None):
         trl.add_argument(name, type=float, help="[as in train.py's METHODS]")
     args, flags = parser.parse_known_args(arguments)
     seeds = ["--seed", "1", "--seeds", "3"] if args.command == "compare" else []
-    settings = train.parse([*seeds, *flags, "--methods", ",".join(dict.fromkeys([*OWN, *TRL, "una-online"])),
-                            "--device", "cpu", "--out", ""])
+    methods = ",".join(dict.fromkeys([*OWN, *TRL, "una-online"]))
+    settings = train.parse([*seeds, *flags, "--methods", methods, "--device", "cpu", "--out", ""])
     torch.set_num_threads(1)                                     # as in train.py: the same figures
     try:
         if args.command == "write":

@@ -398,9 +398,7 @@ class UNATrainer(transformers.Trainer):
         for item, logprob in zip(items, logprobs.tolist()):
             item["ref_logprob"] = logprob
         facts = self.outcomes(items)
-        if not (facts["rho"] == 0).all():               # NaN is not 0 either
-            stop(f"rho is up to {facts['rho'].abs().max()} nats before training: something in the "
-                 "model is random or not finite", 1)
+        check_start(facts["rho"])
         return facts
 
 
@@ -452,6 +450,13 @@ def load_model(settings, config, seed):
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=settings.lora, lora_alpha=settings.lora, target_modules="all-linear"))
     return model
+
+
+def check_start(rho):
+    """Before training pi is pi_ref, or the run ends."""
+    if not (rho == 0).all():                            # NaN is not 0 either
+        stop(f"rho is up to {rho.abs().max()} nats before training: something in the model is "
+             "random or not finite", 1)
 
 
 def save(trainer, lora, losses=()):
