@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from own_model import reading
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
 
 import una  # own_model.py has found it
 
@@ -33,10 +34,6 @@ class Settings:
     prompts: str                                        # JSONL
     judge: str                                          # module:function
     lora: int = 0                                       # rank; 0 trains all weights
-
-
-TRAINING = {*own_model.TRAINING, "beta", "num_generations", "max_completion_length"} - {
-    "per_device_eval_batch_size", "resume_from_checkpoint"}
 
 
 class UNATrainer(GRPOTrainer):
@@ -86,10 +83,11 @@ def reward_function(judge, name):
 
 
 def prompt_of(row, where, tokenizer, room):
-    """What a line becomes, if TRL will make the same tokens of it as own_model.py does."""
+    """What a line becomes, if TRL will make of it the tokens that own_model.py makes."""
     ids = own_model.encode(prompt := row.get("prompt"), tokenizer, answered=False)
-    if ids is prompt or isinstance(prompt, str) and tokenizer(prompt)["input_ids"] != ids:
-        raise ValueError("TRL takes no token ids, and no tokenizer that ends each text")
+    if not (tokenizer(prompt)["input_ids"] == ids if isinstance(prompt, str) else
+            is_conversational(dict(prompt=prompt))):
+        raise ValueError("TRL takes a text that no tokenizer ends, or messages with their roles")
     if not 0 < len(ids) <= room:
         raise ValueError(f"it has {len(ids)} tokens: 1 to {room} fit")
     return dict(prompt=prompt)
@@ -97,7 +95,8 @@ def prompt_of(row, where, tokenizer, room):
 
 def main(arguments=None):
     """Reads, trains, saves. Bad input is one line and status 2."""
-    settings, training = own_model.parse_flags(arguments, Settings, GRPOConfig, TRAINING, beta=0.1,
+    names = [*own_model.TRAINING, "beta", "num_generations", "max_completion_length"]
+    settings, training = own_model.parse_flags(arguments, Settings, GRPOConfig, names, beta=0.1,
                                                bf16=False, activation_checkpointing=False)
     with reading("flags"):
         args = GRPOConfig(**vars(training), scale_rewards="none", logging_nan_inf_filter=False)
@@ -117,7 +116,7 @@ def main(arguments=None):
             raise ValueError(f"a step takes {of_a_step} prompts, and there are {len(rows)}")
     with reading("flags"):
         trainer = UNATrainer(model, judge, args, rows, processing_class=tokenizer)
-    with reading("training", status=1):                         # as samples of NaN are none
+    with reading("training", status=1):
         trainer.train()
     own_model.save(trainer, settings.lora)
 

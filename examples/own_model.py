@@ -59,10 +59,9 @@ class Settings:
 # The flags of transformers' TrainingArguments that are tested here. All others end the run: some of
 # them would silently change what is trained.
 TRAINING = """output_dir max_steps num_train_epochs per_device_train_batch_size
-    per_device_eval_batch_size gradient_accumulation_steps activation_checkpointing learning_rate
-    lr_scheduler_type warmup_steps optim adam_beta2 weight_decay max_grad_norm bf16 use_cpu seed
-    save_strategy save_steps save_total_limit resume_from_checkpoint logging_steps report_to
-    disable_tqdm""".split()
+    gradient_accumulation_steps activation_checkpointing learning_rate lr_scheduler_type
+    warmup_steps optim adam_beta2 weight_decay max_grad_norm bf16 use_cpu seed save_strategy
+    save_steps save_total_limit logging_steps report_to disable_tqdm""".split()
 CHOICES = dict(lr_scheduler_type=Literal["linear", "cosine", "constant"],
                optim=Literal["adamw_torch_fused", "adamw_torch", "sgd"],
                save_strategy=Literal["no", "steps", "epoch"])
@@ -405,7 +404,8 @@ class UNATrainer(transformers.Trainer):
 # ---------------------------------------------------------------- the run
 def parse(arguments):
     """Settings and TrainingArguments."""
-    settings, training = parse_flags(arguments, Settings, transformers.TrainingArguments, TRAINING,
+    names = [*TRAINING, "per_device_eval_batch_size", "resume_from_checkpoint"]
+    settings, training = parse_flags(arguments, Settings, transformers.TrainingArguments, names,
                                      logging_steps=10, per_device_eval_batch_size=None)
     with reading("flags"):
         # What fits in memory with gradients fits without: the Trainer's own 8 may not.

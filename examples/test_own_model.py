@@ -22,7 +22,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)
-HERE = Path(__file__).resolve().parent
+HERE, PROGRAM = Path(__file__).resolve().parent, Path(sys.argv[0]).name
 WORDS = "<unk> <eos> <bos> user assistant : a b c d e f g h i j k good bad".split()
 TEMPLATE = ("{% for m in messages %}{{ m.role + ' : ' + m.content + ' <eos> ' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}")
@@ -307,7 +307,7 @@ def ends(capsys, status, *arguments):
     """The one line with which main ends."""
     with pytest.raises(SystemExit) as end:
         own_model.main([*arguments, "--use_cpu"])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("own_model")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(PROGRAM)]
     assert end.value.code == status and len(said) == 1, said
     return said[0]
 
