@@ -2,8 +2,8 @@
 
     python examples/on_the_toy.py write DIR                          what train.py learns from
     python examples/on_the_toy.py evaluate DIR FOLDER                what the policy in FOLDER lost
-    python examples/on_the_toy.py trl DIR --method dpo --out FOLDER  a policy by TRL's DPOTrainer
-    python examples/on_the_toy.py compare DIR                        three trainers, three seeds
+    python examples/on_the_toy.py trl DIR --method dpo --out FOLDER  a policy by a trainer of TRL's
+    python examples/on_the_toy.py compare DIR                        four trainers, three seeds
 
 The last two need requirements-trl.txt. All but evaluate take train.py's flags too: --seed, --steps,
 --judged, --level, ... This is written:
@@ -19,7 +19,7 @@ Prompts and completions are lists of token ids, to be taken as they are. A compl
 end-of-text, or was cut off after its fourth word: then there is none, and none may be appended.
 Pairs of two identical responses are left out, as train.py leaves them out.
 A policy is any GPT-2 of the reference's shape. Lost is the README's: 0 % is the exact optimum,
-100 % the reference. To compare takes half an hour on two cores, and goes on if it was stopped.
+100 % the reference. To compare takes an hour on two cores, and goes on if it was stopped.
 """
 import argparse
 import contextlib
@@ -170,9 +170,11 @@ def trl_trainer(folder, method, out, settings, learning_rate=None, beta=None):
     words = PreTrainedTokenizerFast.from_pretrained(folder / "reference")
     if of.feedback == "fresh":
         size, texts = settings.batch, [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS]
-        of_feedback = dict(num_generations=size // len(texts), shuffle_dataset=False,
-                           max_completion_length=data.MAX_TOKENS)
-        more = dict(reward_funcs=online.reward_function(judge, "the toy's"))
+        options = dict(num_generations=size // len(texts), shuffle_dataset=False,
+                       max_completion_length=data.MAX_TOKENS)
+        options |= dict(grpo=dict(loss_type="grpo", use_bias_correction_kl=False), rloo={}).get(
+            method, dict(scale_rewards="none"))
+        judges = dict(reward_funcs=online.reward_function(judge, "the toy's"))
     else:
         rows = read(folder / f"{of.feedback}.jsonl")
         # Pairs of two identical responses are left out: so a batch has no more than batch / 2.
@@ -184,14 +186,11 @@ def trl_trainer(folder, method, out, settings, learning_rate=None, beta=None):
                  for _, batch in zip(range(steps), batches) for i in batch.tolist()]
         # They are shuffled already. TRL takes texts, and appends end-of-text to those without it:
         # to responses that were cut off. There it is one token too many, and is cut off again.
-        of_feedback = dict(train_sampling_strategy="sequential", precompute_ref_log_probs=True,
-                           max_length=data.PROMPT_TOKENS + data.MAX_TOKENS)
-        more = {}
-    config, trainer, options = dict(
-        dpo=(trl.DPOConfig, trl.DPOTrainer, {}), kto=(trl.KTOConfig, trl.KTOTrainer, {}),
-        rloo=(trl.RLOOConfig, trl.RLOOTrainer, {}), grpo=(trl.GRPOConfig, trl.GRPOTrainer, dict(
-            loss_type="grpo", use_bias_correction_kl=False)),
-        **{"una-online": (trl.GRPOConfig, online.UNATrainer, dict(scale_rewards="none"))})[method]
+        options = dict(train_sampling_strategy="sequential", precompute_ref_log_probs=True,
+                       max_length=data.PROMPT_TOKENS + data.MAX_TOKENS)
+        judges = {}
+    config, trainer = {"una-online": (trl.GRPOConfig, online.UNATrainer)}.get(method) or (
+        getattr(trl, f"{method.upper()}{part}") for part in ("Config", "Trainer"))
     model = GPT2LMHeadModel.from_pretrained(folder / "reference", dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate or of.learning_rate,
                                  betas=(0.9, 0.99), fused=True)
@@ -201,9 +200,9 @@ def trl_trainer(folder, method, out, settings, learning_rate=None, beta=None):
         output_dir=str(out), seed=settings.seed, beta=beta or of.beta_multiple * toy["beta"],
         max_steps=steps, per_device_train_batch_size=size, max_grad_norm=1.0,
         bf16=False, activation_checkpointing=False, use_cpu=True,  # TRL's defaults: the opposite
-        report_to="none", save_strategy="no", **of_feedback, **options)
+        report_to="none", save_strategy="no", **options)
     return trainer(model=model, args=args, train_dataset=Dataset.from_list(texts),
-                   processing_class=words, optimizers=(optimizer, ramps), **more)
+                   processing_class=words, optimizers=(optimizer, ramps), **judges)
 
 
 def train_by_trl(folder, method, out, *how):
