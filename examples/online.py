@@ -42,13 +42,13 @@ class UNATrainer(GRPOTrainer):
 
     def implicit_reward(self, model, batch, offset=0.0):
         """Eq. 6 of whole responses, (B,), in units of reward."""
-        ids, mask = (torch.cat([batch[f"prompt_{of}"], batch[f"completion_{of}"]], 1)
-                     for of in ("ids", "mask"))
-        of_response = batch["completion_mask"].bool()
-        logprobs, *_ = self._get_per_token_logps_and_entropies(
-            model, ids, mask, of_response.shape[1], self.args.per_device_train_batch_size)
-        return una.implicit_reward(*(part.where(of_response, 0.0).sum(1) for part in (
-            logprobs, batch["ref_per_token_logps"])), self.beta, offset)
+        mask = batch["completion_mask"]
+        logprobs, *_ = self._get_per_token_logps_and_entropies(model, *(
+            torch.cat([batch["prompt_" + of], batch["completion_" + of]], 1)
+            for of in ("ids", "mask")), mask.shape[1], self.args.per_device_train_batch_size)
+        logprob, ref_logprob = ((part * mask).sum(1)
+                                for part in (logprobs, batch["ref_per_token_logps"]))
+        return una.implicit_reward(logprob, ref_logprob, self.beta, offset)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's samples, and f(x) + c. Here those of a prompt are consecutive rows. Afterwards TRL

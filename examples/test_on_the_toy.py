@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -193,46 +194,38 @@ def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(exp
 
 
 @pytest.mark.parametrize("name, options", [
-    ("grpo", dict()), ("grpo", dict(scale_rewards="none")), ("rloo", dict()), ("una-online", {})])
+    ("grpo", {}), ("grpo", dict(scale_rewards="none")), ("rloo", {}), ("una-online", {})])
 def test_trls_losses_of_samples_are_una_pys(name, options, exported, tmp_path):
-    """Value and gradient, of a policy that has moved; those of GRPO once it has moved on, too."""
-    trainer, _, _ = trl_and_us(exported, name, 1, tmp_path)
-    policy, normal = moved(exported.reference, scale=0.2), normals(0)
+    """Value and gradient, of a policy that has moved; GRPO's where it has moved on since, too.
+    RLOO's gradient alone: TRL has the ratio where una.py has log pi."""
+    trainer, policy, _ = trl_and_us(exported, name, 1, tmp_path)
+    policy = moved(policy, scale=0.2)
     trainer.model.transformer.load_state_dict(toy.transposed(policy.state_dict()))
     trainer.current_gradient_accumulation_steps, trainer.state.global_step = 1, 1
     vars(trainer).update(options)
-    batch = trainer._generate_and_score_completions(
+    samples = trainer._generate_and_score_completions(
         [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS for _ in range(16)])
-    x, y, mask = (batch[of] for of in ("prompt_ids", "completion_ids", "completion_mask"))
+    x, y, mask = (samples[of] for of in ("prompt_ids", "completion_ids", "completion_mask"))
     tokens, mask = data.join(x, y, mask.bool())
     new, ref = (train.logprob(model, tokens, mask, una.token_logprobs)
                 for model in (policy, exported.reference))
-    rewards, y_mask, n, beta = data.reward(x, y), mask[:, 3:], 16, 0.25
-    old = new.detach() + 0.3 * normal(*new.shape).float() * (name == "grpo")
-    batch["old_per_token_logps"] = old
-    logprob, ref_logprob = new.sum(1), ref.sum(1)
+    rewards = data.reward(x, y)
     if name == "grpo":
-        advantages = una.grpo_advantages(rewards, n, divide=not options)
-        assert near(batch["advantages"], advantages, 1e-5)
-        ours = una.grpo_loss(new, old, ref, advantages, y_mask, beta, 0.2)
-    elif name == "rloo":
-        ours = una.rloo_loss(logprob, ref_logprob, rewards, n, beta)
+        old = samples["old_per_token_logps"] = new.detach() + 0.3 * normals(0)(*new.shape).float()
+        advantages = una.grpo_advantages(rewards, 16, divide=not options)
+        losses = una.grpo_loss(new, old, ref, advantages, mask[:, 3:], 0.25, clip=0.2)
     else:
-        groups = (rewards - beta * (logprob - ref_logprob)).detach().view(3, n)
-        offset = groups.mean(1).repeat_interleave(n)
-        ours = una.una_reward_loss(beta * (logprob - ref_logprob) + offset, rewards)
-
-    def gradient(loss, model):
-        names, parts = zip(*model.named_parameters())
-        return dict(zip(names, torch.autograd.grad(loss, parts, retain_graph=True)))
-
-    theirs = trainer._compute_loss(trainer.model, trl.trainer.utils.shuffle_sequence_dict(batch))
-    expected = gradient(ours.mean(), policy)
-    if name != "rloo":                                           # there TRL has ratios for log pi
-        assert near(theirs, ours.mean(), 1e-5)
-    for part, value in toy.transposed(gradient(theirs, trainer.model.transformer)).items():
-        assert near(value, expected[part], 1e-5), part
-    assert max(part.abs().max() for part in expected.values()) > 0.01
+        losses = train.METHODS[name].loss(policy, SimpleNamespace(
+            tokens=tokens, mask=mask, rewards=rewards, ref_logprob=ref.sum(1), per_prompt=16,
+            offset=0.0), 0.25)
+    theirs = trainer._compute_loss(trainer.model, trl.trainer.utils.shuffle_sequence_dict(samples))
+    assert name == "rloo" or near(theirs, losses.mean(), 1e-5)
+    theirs.backward()
+    losses.mean().backward()
+    slopes = {part: of.grad for part, of in trainer.model.transformer.named_parameters()}
+    for part, slope in toy.transposed(slopes).items():
+        assert near(slope, policy.get_parameter(part).grad, 1e-5), part
+    assert max(of.grad.abs().max() for of in policy.parameters()) > 0.01
 
 
 # ---------------------------------------------------------------- online.py
@@ -252,7 +245,7 @@ def run_online(exported, out, flags="", lines=None):
     return load_file(out / "model.safetensors")
 
 
-def test_steps_are_the_same_however_a_batch_is_cut_and_if_prompts_are_messages(
+def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_added_up(
         exported, tmp_path, same_numbers, capsys, monkeypatch):
     start = load_file(exported.folder / "reference/model.safetensors")
     whole = run_online(exported, tmp_path / "whole")
@@ -274,15 +267,10 @@ def test_steps_are_the_same_however_a_batch_is_cut_and_if_prompts_are_messages(
     for name, weight in whole.items():
         assert near(cut[name], weight, 1e-6) and near(by_chat[name], weight, 1e-6), name
     assert max((whole[name] - start[name]).abs().max() for name in start) > 0.01
-    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("sad sea :").input_ids
-
-
-def test_online_lora_is_added_up_before_saving_and_begins_at_the_model(exported, tmp_path):
-    start = load_file(exported.folder / "reference/model.safetensors")
-    trained = run_online(exported, tmp_path, "--lora 1 --learning_rate 5")
-    moves = [trained[name] - start[name] for name in start]
-    moves = [move for move in moves if move.abs().max() > 1e-6]
+    lora = run_online(exported, tmp_path / "lora", "--lora 1 --learning_rate 5")
+    moves = [lora[name] - start[name] for name in start if not near(lora[name], start[name], 1e-6)]
     assert moves and all(torch.linalg.matrix_rank(move, atol=1e-5) == 1 for move in moves)
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("sad sea :").input_ids
 
 
 def too_few(prompts, completions):
@@ -324,6 +312,11 @@ def test_online_pys_bad_input_is_one_line(flags, lines, message, exported, tmp_p
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(PROGRAM)]
     assert ended.value.code == 2 and len(said) == 1 and re.search(message, said[0]), said
     assert not [*tmp_path.glob("out/*")]
+    closing = toy.tokenizer()
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", data.EOT)])
+    with pytest.raises(ValueError, match="a text that no tokenizer ends"):
+        online.prompt_of(GOOD, "", closing, 5)
 
 
 def test_a_run_online_that_starts_elsewhere_or_diverges_ends_and_saves_nothing(
