@@ -2,8 +2,8 @@
 
     python examples/on_the_toy.py write DIR                          what train.py learns from
     python examples/on_the_toy.py evaluate DIR FOLDER                what the policy in FOLDER lost
-    python examples/on_the_toy.py trl DIR --method dpo --out FOLDER  a policy by TRL's DPOTrainer
-    python examples/on_the_toy.py compare DIR                        three trainers, three seeds
+    python examples/on_the_toy.py trl DIR --method dpo --out FOLDER  a policy by a trainer of TRL's
+    python examples/on_the_toy.py compare DIR                        four trainers, three seeds
 
 The last two need requirements-trl.txt. All but evaluate take train.py's flags too: --seed, --steps,
 --judged, --level, ... This is written:
@@ -19,7 +19,7 @@ Prompts and completions are lists of token ids, to be taken as they are. A compl
 end-of-text, or was cut off after its fourth word: then there is none, and none may be appended.
 Pairs of two identical responses are left out, as train.py leaves them out.
 A policy is any GPT-2 of the reference's shape. Lost is the README's: 0 % is the exact optimum,
-100 % the reference. To compare takes half an hour on two cores, and goes on if it was stopped.
+100 % the reference. To compare takes an hour on two cores, and goes on if it was stopped.
 """
 import argparse
 import contextlib
@@ -143,46 +143,66 @@ def evaluate(folder, policy_folder):
 
 
 # ---------------------------------------------------------------- trl
+def judge(prompts, completions):
+    """The toy's judge as examples/online.py calls it. A level would drop out: no method below
+    compares responses to different prompts."""
+    words = tokenizer()
+    rows = [ids + [data.EOT] * (data.MAX_TOKENS - len(ids)) for ids in words(completions).input_ids]
+    return data.reward(data.encode_prompts(prompts), torch.tensor(rows)).tolist()
+
+
 def trl_trainer(folder, method, out, settings, learning_rate=None, beta=None):
-    """TRL's trainer of a method, dpo or kto. All but the loss is as in train.py: the same batches
-    in the same order, Adam without weight decay, the gradient cut to norm 1, two ramps of the
-    learning rate, float32, no dropout; learning rate and the loss's beta too, if none are given.
+    """TRL's trainer of a method of TRL or, for una-online, that of online.py. All but the loss is
+    as in train.py: the same batches in the same order, or as many fresh samples of each prompt,
+    Adam without weight decay, the gradient cut to norm 1, two ramps of the learning rate, float32,
+    no dropout; learning rate and the loss's beta too, if none are given.
 
     KTO's z_0 is not quite train.py's. Both are the mean log pi/pi_ref of as many mismatched
     responses as a batch has, and at least 0. TRL gives each prompt the response in front of it in
     the batch, which answers the same prompt one time in twelve; train.py's always answer another.
+    GRPO is the paper's: TRL's default multiplies k3 by the ratio, which changes its gradient.
     """
+    import online
+    import trl
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     toy, of, steps = read(folder / "toy.json"), train.METHODS[method], settings.steps
-    rows = read(folder / f"{of.feedback}.jsonl")
-    # Pairs of two identical responses are left out: so a batch has no more than batch / 2 pairs.
-    size = min(len(rows), max(1, round(settings.batch * len(rows) / toy["judged"])))
-    batches = data.shuffled(torch.arange(len(rows)), size,       # as in data.stored_batches
-                            torch.Generator().manual_seed(settings.seed))
     words = PreTrainedTokenizerFast.from_pretrained(folder / "reference")
-    texts = [{name: words.decode(part) if isinstance(part, list) else part
-              for name, part in rows[i].items()}
-             for _, batch in zip(range(steps), batches) for i in batch.tolist()]
+    if of.feedback == "fresh":
+        size, texts = settings.batch, [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS]
+        options = dict(num_generations=size // len(texts), shuffle_dataset=False,
+                       max_completion_length=data.MAX_TOKENS)
+        options |= dict(grpo=dict(loss_type="grpo", use_bias_correction_kl=False), rloo={}).get(
+            method, dict(scale_rewards="none"))
+        judges = dict(reward_funcs=online.reward_function(judge, "the toy's"))
+    else:
+        rows = read(folder / f"{of.feedback}.jsonl")
+        # Pairs of two identical responses are left out: so a batch has no more than batch / 2.
+        size = min(len(rows), max(1, round(settings.batch * len(rows) / toy["judged"])))
+        batches = data.shuffled(torch.arange(len(rows)), size,   # as in data.stored_batches
+                                torch.Generator().manual_seed(settings.seed))
+        texts = [{name: words.decode(part) if isinstance(part, list) else part
+                  for name, part in rows[i].items()}
+                 for _, batch in zip(range(steps), batches) for i in batch.tolist()]
+        # They are shuffled already. TRL takes texts, and appends end-of-text to those without it:
+        # to responses that were cut off. There it is one token too many, and is cut off again.
+        options = dict(train_sampling_strategy="sequential", precompute_ref_log_probs=True,
+                       max_length=data.PROMPT_TOKENS + data.MAX_TOKENS)
+        judges = {}
+    config, trainer = {"una-online": (trl.GRPOConfig, online.UNATrainer)}.get(method) or (
+        getattr(trl, f"{method.upper()}{part}") for part in ("Config", "Trainer"))
     model = GPT2LMHeadModel.from_pretrained(folder / "reference", dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate or of.learning_rate,
                                  betas=(0.9, 0.99), fused=True)
     ramps = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (      # as train.descend's
         min(1.0, (done + 1) / (0.05 * steps)) * (1 - done / steps)))
-    config, trainer = dict(dpo=(DPOConfig, DPOTrainer), kto=(KTOConfig, KTOTrainer))[method]
     args = config(
         output_dir=str(out), seed=settings.seed, beta=beta or of.beta_multiple * toy["beta"],
-        max_steps=steps, per_device_train_batch_size=size,
-        train_sampling_strategy="sequential",                    # they are shuffled already
-        # TRL takes texts, and appends end-of-text to those without it: to responses that were cut
-        # off. There it is one token too many, and is cut off again.
-        max_length=data.PROMPT_TOKENS + data.MAX_TOKENS,
-        precompute_ref_log_probs=True, max_grad_norm=1.0,
+        max_steps=steps, per_device_train_batch_size=size, max_grad_norm=1.0,
         bf16=False, activation_checkpointing=False, use_cpu=True,  # TRL's defaults: the opposite
-        report_to="none", save_strategy="no")
+        report_to="none", save_strategy="no", **options)
     return trainer(model=model, args=args, train_dataset=Dataset.from_list(texts),
-                   processing_class=words, optimizers=(optimizer, ramps))
+                   processing_class=words, optimizers=(optimizer, ramps), **judges)
 
 
 def train_by_trl(folder, method, out, *how):
@@ -194,9 +214,10 @@ def train_by_trl(folder, method, out, *how):
 # ---------------------------------------------------------------- compare
 # All settings are the same, but own_model.py has the Trainer's own batches and schedule: shuffled
 # otherwise, and the rate's two ramps one after the other, where train.py multiplies them.
-TRL = ("dpo", "kto")
+TRL = ("dpo", "kto", "grpo", "rloo")
 OWN = {"dpo": [], "una-binary-bce": ["--g=bce"], "una-score": [],    # and flags of own_model.py
        "una-score-estimated": ["--offset=ramped"], "una-mixed": []}
+BY = {"train.py": ["dpo"], "TRL": TRL, "online.py": ["una-online"], "own_model.py": OWN}
 
 
 def train_by_own_model(folder, method, out, settings):
@@ -222,7 +243,8 @@ def runs_by(by, method, folder, settings):
     out = folder / f"{by}-{method}"
     with (open(f"{out}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log),
           contextlib.redirect_stderr(log)):
-        (train_by_trl if by == "TRL" else train_by_own_model)(folder, method, out, settings)
+        (train_by_own_model if by == "own_model.py" else train_by_trl)(
+            folder, method, out, settings)
         return [(by, method, evaluate(folder, out)["train"])]
 
 
@@ -252,8 +274,8 @@ def compare(folder, settings):
             [call for call in toys if not (call[1] / "toy.json").exists()], settings.jobs):
         run.say(f"{toy}: written")
     calls = [(runs_by, by, method, toy, of)
-             for by, methods in (("train.py", ["dpo"]), ("TRL", TRL), ("own_model.py", OWN))
-             for method in methods for _, toy, of in toys if (by, method, of.seed) not in done]
+             for by, methods in BY.items() for method in methods
+             for _, toy, of in toys if (by, method, of.seed) not in done]
     for (*_, of), ended in run.side_by_side(calls, settings.jobs):
         told["runs"] += [dict(seed=of.seed, by=by, method=method, **{
             name: reached[name] for name in ("kl", "lost")}) for by, method, reached in ended]
@@ -271,14 +293,14 @@ def main(arguments=None):
         commands.add_parser(name).add_argument("folder", metavar="DIR", type=Path)
     commands.choices["evaluate"].add_argument("policy", metavar="FOLDER", type=Path)
     trl = commands.choices["trl"]
-    trl.add_argument("--method", choices=TRL, required=True)
+    trl.add_argument("--method", choices=[*TRL, "una-online"], required=True)
     trl.add_argument("--out", metavar="FOLDER", type=Path, required=True)
     for name in ("--learning_rate", "--beta"):
         trl.add_argument(name, type=float, help="[as in train.py's METHODS]")
     args, flags = parser.parse_known_args(arguments)
     seeds = ["--seed", "1", "--seeds", "3"] if args.command == "compare" else []
-    settings = train.parse([*seeds, *flags, "--methods", ",".join([*OWN, "kto"]),
-                            "--device", "cpu", "--out", ""])
+    methods = ",".join(dict.fromkeys([*OWN, *TRL, "una-online"]))
+    settings = train.parse([*seeds, *flags, "--methods", methods, "--device", "cpu", "--out", ""])
     torch.set_num_threads(1)                                     # as in train.py: the same figures
     try:
         if args.command == "write":

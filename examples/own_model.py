@@ -59,33 +59,42 @@ class Settings:
 # The flags of transformers' TrainingArguments that are tested here. All others end the run: some of
 # them would silently change what is trained.
 TRAINING = """output_dir max_steps num_train_epochs per_device_train_batch_size
-    per_device_eval_batch_size gradient_accumulation_steps activation_checkpointing learning_rate
-    lr_scheduler_type warmup_steps optim adam_beta2 weight_decay max_grad_norm bf16 use_cpu seed
-    save_strategy save_steps save_total_limit resume_from_checkpoint logging_steps report_to
-    disable_tqdm""".split()
+    gradient_accumulation_steps activation_checkpointing learning_rate lr_scheduler_type
+    warmup_steps optim adam_beta2 weight_decay max_grad_norm bf16 use_cpu seed save_strategy
+    save_steps save_total_limit logging_steps report_to disable_tqdm""".split()
 CHOICES = dict(lr_scheduler_type=Literal["linear", "cosine", "constant"],
                optim=Literal["adamw_torch_fused", "adamw_torch", "sgd"],
                save_strategy=Literal["no", "steps", "epoch"])
-Training = make_dataclass("Training", [
-    (field.name, CHOICES.get(field.name, field.type), copy.copy(field))
-    for field in fields(transformers.TrainingArguments) if field.name in TRAINING])
 
 
 def stop(message, status=2):
     """Ends the run with one line, said by one process."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         below = "\n" if status == 1 else ""             # a progress bar may stand there
-        print(below + "own_model.py:", str(message).strip().split("\n")[0], file=sys.stderr)
+        said = str(message).strip().split("\n")[0]
+        print(f"{below}{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     raise SystemExit(status)
 
 
 @contextmanager
-def reading(what):
+def reading(what, status=2):
     """Whatever goes wrong while input is read is said in one line that names the input."""
     try:
         yield
     except Exception as error:          # transformers and chat templates may raise anything
-        stop(f"{what}: {error}")
+        stop(f"{what}: {error}", status)
+
+
+def parse_flags(arguments, settings, config, names, **defaults):
+    """Of the command line an object of the dataclass settings, and the named fields of a config."""
+    training = make_dataclass("Training", [
+        (field.name, CHOICES.get(field.name, field.type), copy.copy(field))
+        for field in fields(config) if field.name in names])
+    parser = transformers.HfArgumentParser([settings, training], allow_abbrev=False)
+    parser.error = stop
+    parser.set_defaults(**defaults)
+    with reading("flags"):
+        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
 
 # ---------------------------------------------------------------- feedback
@@ -190,20 +199,24 @@ def item_of(row, where, tokenizer, vocabulary, max_length, counts):
                 given=given, first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0])
 
 
-def read(path, tokenizer, vocabulary, max_length):
-    """The file's items, and counts of what was dropped or cut."""
-    items, counts = [], Counter()
+def read_lines(path, made_of, *more):
+    """made_of(row, where, *more) of each JSON line that has one. A bad line ends the run."""
+    made = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}: {line[:60]}"
             with reading(where):
-                row = json.loads(line.decode("utf-8"))
-                item = item_of(row, where, tokenizer, vocabulary, max_length, counts)
-            if item is not None:
-                items.append(item)
-    if not items:
+                made.append(made_of(json.loads(line.decode("utf-8")), where, *more))
+    made = [one for one in made if one is not None]
+    if not made:
         raise ValueError("no feedback to learn from")
-    return items, counts
+    return made
+
+
+def read(path, tokenizer, vocabulary, max_length):
+    """The file's items, and counts of what was dropped or cut."""
+    counts = Counter()
+    return read_lines(path, item_of, tokenizer, vocabulary, max_length, counts), counts
 
 
 def estimate_offsets(items, beta, counts, ramped, least=1e-4, few=8):
@@ -384,21 +397,17 @@ class UNATrainer(transformers.Trainer):
         for item, logprob in zip(items, logprobs.tolist()):
             item["ref_logprob"] = logprob
         facts = self.outcomes(items)
-        if not (facts["rho"] == 0).all():               # NaN is not 0 either
-            stop(f"rho is up to {facts['rho'].abs().max()} nats before training: something in the "
-                 "model is random or not finite", 1)
+        check_start(facts["rho"])
         return facts
 
 
 # ---------------------------------------------------------------- the run
 def parse(arguments):
     """Settings and TrainingArguments."""
-    parser = transformers.HfArgumentParser([Settings, Training], allow_abbrev=False)
-    parser.error = stop
-    parser.set_defaults(logging_steps=10, per_device_eval_batch_size=None)
+    names = [*TRAINING, "per_device_eval_batch_size", "resume_from_checkpoint"]
+    settings, training = parse_flags(arguments, Settings, transformers.TrainingArguments, names,
+                                     logging_steps=10, per_device_eval_batch_size=None)
     with reading("flags"):
-        settings, training = parser.parse_args_into_dataclasses(
-            arguments, look_for_args_file=False)
         # What fits in memory with gradients fits without: the Trainer's own 8 may not.
         training.per_device_eval_batch_size = (
             training.per_device_eval_batch_size or training.per_device_train_batch_size)
@@ -443,16 +452,20 @@ def load_model(settings, config, seed):
     return model
 
 
-def finish(trainer, held, lora):
-    """What is measured after training; then saves the model. If it has diverged, nothing."""
-    facts = trainer.outcomes(held or trainer.train_dataset[:1])
-    weights = all(weight.isfinite().all() for weight in trainer.model.parameters())
-    if not (weights and facts["loss"].isfinite().all()):
+def check_start(rho):
+    """Before training pi is pi_ref, or the run ends."""
+    if not (rho == 0).all():                            # NaN is not 0 either
+        stop(f"rho is up to {rho.abs().max()} nats before training: something in the model is "
+             "random or not finite", 1)
+
+
+def save(trainer, lora, losses=()):
+    """Saves the model, the low-rank parts added up; nothing if it has diverged."""
+    if not all(part.isfinite().all() for part in (*trainer.model.parameters(), *losses)):
         stop("weights or losses are not finite: training diverged and has no results", 1)
     if lora:
         trainer.model = trainer.model.cpu().float().merge_and_unload()
     trainer.save_model()
-    return measure(facts) if held else {}
 
 
 def write_json(path, content):
@@ -487,7 +500,9 @@ def main(arguments=None):
             say(count, name)
     say(f"{len(train)} items, {len(held)} held out. rho is 0 exactly for all of them")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = finish(trainer, held, settings.lora)
+    facts = trainer.outcomes(held or trainer.train_dataset[:1])
+    save(trainer, settings.lora, [facts["loss"]])
+    after = measure(facts) if held else {}
     if trainer.is_world_process_zero():
         write_json(os.path.join(args.output_dir, "results.json"), dict(
             settings=asdict(settings), items=dict(train=len(train), held=len(held)), counts=counts,

@@ -1,4 +1,5 @@
-"""on_the_toy.py and memory.py. They are skipped where TRL is missing."""
+"""on_the_toy.py, online.py and memory.py. They are skipped where TRL is missing."""
+import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,22 +8,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import memory
 import on_the_toy as toy
+import online
+import own_model
 
 import data
 import train
 import una
-from helpers import moved, near, toy_gpt
+from helpers import moved, near, normals, toy_gpt
 from lab import exact, run
 from toy import LANGUAGE as SMALL
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 torch.set_num_threads(1)
-FLAGS = "--level 1 --judged 200 --reference-steps 20 --n-layer 2 --n-head 2 --n-embd 16".split()
+FLAGS = "--level 1 --judged 198 --reference-steps 20 --n-layer 2 --n-head 2 --n-embd 16".split()
+PROGRAM = Path(sys.argv[0]).name
 LANGUAGE = SMALL | dict(TRAIN_PROMPTS=data.TRAIN_PROMPTS[:3],
                         HELDOUT_PROMPTS=data.HELDOUT_PROMPTS[:1])
 
@@ -38,7 +44,23 @@ def exported(tmp_path_factory):
         settings = train.parse([*FLAGS, "--device", "cpu"])
         reference = train.train_reference(settings, 3)
         feedback = train.collect_feedback(settings, 3, reference)
-        yield SimpleNamespace(folder=folder, reference=reference, feedback=feedback)
+        yield SimpleNamespace(folder=folder, reference=reference, feedback=feedback,
+                              reward_model=None)
+
+
+@pytest.fixture
+def same_numbers(monkeypatch):
+    """TRL draws its samples by the random numbers by which train.py draws them."""
+    for trainer in trl.GRPOTrainer, trl.RLOOTrainer:
+        def sample(self, *prompts, generate=trainer._generate_single_turn):
+            self.numbers = getattr(
+                self, "numbers", torch.Generator().manual_seed(self.args.seed).get_state())
+            with torch.random.fork_rng():
+                torch.set_rng_state(self.numbers)
+                samples = generate(self, *prompts)
+                self.numbers = torch.get_rng_state()
+            return samples
+        monkeypatch.setattr(trainer, "_generate_single_turn", sample)
 
 
 # ---------------------------------------------------------------- the model and its tokenizer
@@ -89,9 +111,9 @@ def test_the_files_are_the_feedback_that_train_py_collects(exported):
     feedback, kinds = exported.feedback, ("pairs", "binary", "scores", "mixed")
     pairs, binary, scores, mixed = (toy.read(exported.folder / f"{kind}.jsonl") for kind in kinds)
     assert pairs == rows(feedback, *feedback.pairs.T) and len(pairs) < 100    # no identical ones
-    assert binary == rows(feedback, binary=range(200))
-    assert scores == rows(feedback, scored=range(200))
-    of = next(data.stored_batches("mixed", feedback, 200, seed=0))            # all, shuffled
+    assert binary == rows(feedback, binary=range(198))
+    assert scores == rows(feedback, scored=range(198))
+    of = next(data.stored_batches("mixed", feedback, 198, seed=0))            # all, shuffled
     expected = rows(of, of.chosen, of.rejected, of.binary, of.scored)
     assert sorted(mixed, key=str) == sorted(expected, key=str)
     completions = [row["completion"] for row in binary]
@@ -130,20 +152,24 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, exported, monkey
 
 # ---------------------------------------------------------------- TRL
 def trl_and_us(exported, method, steps, out):
-    """TRL's trainer of a method for the export, and train.py's batches, of 48 responses both."""
+    """TRL's trainer of a method for the export; a policy; train.py's batches of 48 for it, too."""
     settings = train.parse(f"--steps {steps} --batch 48 --seed 7 --device cpu".split())
     trainer = toy.trl_trainer(exported.folder, method, out, settings, 4e-3, 0.25)
-    return trainer, train.stored_batches(train.METHODS[method], exported, 48, 7, torch.zeros(3))
+    policy, of = moved(exported.reference, scale=0), train.METHODS[method]
+    if of.feedback == "fresh":
+        return trainer, policy, train.fresh_batches(policy, None, exported, 48, 7, level=1.0)
+    return trainer, policy, train.stored_batches(of, exported, 48, 7, torch.zeros(3))
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_trl_has_train_pys_losses_and_ends_where_it_does(name, exported, tmp_path):
+@pytest.mark.parametrize("name", ["dpo", "kto", "grpo", "rloo", "una-online"])
+def test_trl_has_train_pys_losses_and_ends_where_it_does(name, exported, tmp_path, same_numbers):
     # kto too, as its two estimates of z_0 differ, but both are cut off at 0 here.
-    trainer, batches = trl_and_us(exported, name, 40, tmp_path)  # two of them are the ramp up
-    policy, losses = moved(exported.reference, scale=0), []
+    trainer, policy, batches = trl_and_us(exported, name, 40, tmp_path)  # two are the ramp up
+    losses = []
     train.align(train.METHODS[name]._replace(learning_rate=4e-3), policy, batches, 0.25, 40,
                 look=lambda step, seconds, loss: losses.append(loss), at=range(1, 41))
-    assert trainer.train().training_loss == pytest.approx(sum(losses) / 40, abs=1e-5)
+    expected = 0 if name == "rloo" else sum(losses) / 40         # TRL has ratios for log pi: -A
+    assert trainer.train().training_loss == pytest.approx(expected, abs=1e-5)
     theirs, ours, start = (
         train.logprob(model, exported.feedback.tokens, exported.feedback.mask)
         for model in (toy.from_transformers(trainer.model), policy, exported.reference))
@@ -151,8 +177,8 @@ def test_trl_has_train_pys_losses_and_ends_where_it_does(name, exported, tmp_pat
 
 
 def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(exported, tmp_path):
-    trainer, batches = trl_and_us(exported, "kto", 1, tmp_path)
-    our, policy = next(batches), moved(exported.reference, scale=0)
+    trainer, policy, batches = trl_and_us(exported, "kto", 1, tmp_path)
+    our = next(batches)
     others = torch.cat([our.tokens[:, :3], our.tokens[:, 3:].roll(1, 0)], 1), our.mask.roll(1, 0)
     likelier = train.METHODS["kto"]._replace(loss=lambda *_: -train.logprob(policy, *others))
     train.align(likelier, policy, batches, 0.25, 30)             # or z_0 would be cut off at 0
@@ -167,15 +193,160 @@ def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(exp
     assert near(loss, losses.mean(), 1e-5)
 
 
+@pytest.mark.parametrize("name, options", [
+    ("grpo", {}), ("grpo", dict(scale_rewards="none")), ("rloo", {}), ("una-online", {})])
+def test_trls_losses_of_samples_are_una_pys(name, options, exported, tmp_path):
+    """Value and gradient, of a policy that has moved; GRPO's where it has moved on since, too.
+    RLOO's gradient alone: TRL has the ratio where una.py has log pi."""
+    trainer, policy, _ = trl_and_us(exported, name, 1, tmp_path)
+    policy = moved(policy, scale=0.2)
+    trainer.model.transformer.load_state_dict(toy.transposed(policy.state_dict()))
+    trainer.current_gradient_accumulation_steps, trainer.state.global_step = 1, 1
+    vars(trainer).update(options)
+    samples = trainer._generate_and_score_completions(
+        [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS for _ in range(16)])
+    x, y, mask = (samples[of] for of in ("prompt_ids", "completion_ids", "completion_mask"))
+    tokens, mask = data.join(x, y, mask.bool())
+    new, ref = (train.logprob(model, tokens, mask, una.token_logprobs)
+                for model in (policy, exported.reference))
+    rewards = data.reward(x, y)
+    if name == "grpo":
+        old = samples["old_per_token_logps"] = new.detach() + 0.3 * normals(0)(*new.shape).float()
+        advantages = una.grpo_advantages(rewards, 16, divide=not options)
+        losses = una.grpo_loss(new, old, ref, advantages, mask[:, 3:], 0.25, clip=0.2)
+    else:
+        losses = train.METHODS[name].loss(policy, SimpleNamespace(
+            tokens=tokens, mask=mask, rewards=rewards, ref_logprob=ref.sum(1), per_prompt=16,
+            offset=0.0), 0.25)
+    theirs = trainer._compute_loss(trainer.model, trl.trainer.utils.shuffle_sequence_dict(samples))
+    assert name == "rloo" or near(theirs, losses.mean(), 1e-5)
+    theirs.backward()
+    losses.mean().backward()
+    slopes = {part: of.grad for part, of in trainer.model.transformer.named_parameters()}
+    for part, slope in toy.transposed(slopes).items():
+        assert near(slope, policy.get_parameter(part).grad, 1e-5), part
+    assert max(of.grad.abs().max() for of in policy.parameters()) > 0.01
+
+
+# ---------------------------------------------------------------- online.py
+PLAIN = ("--optim sgd --lr_scheduler_type constant --learning_rate 0.5 --max_grad_norm 0 "
+         "--max_steps 2 --num_generations 8 --max_completion_length 2 --beta 0.25 --judge "
+         "on_the_toy:judge --per_device_train_batch_size 24 --save_strategy no --report_to none "
+         "--use_cpu True --disable_tqdm True").split()
+
+
+def run_online(exported, out, flags="", lines=None):
+    """online.py's command for the export, with its prompts or other lines. Returns its weights."""
+    path = exported.folder / "prompts.jsonl"
+    lines = [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS] if lines is None else lines
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    online.main(["--model", f"{exported.folder}/reference", "--prompts", str(path),
+                 "--output_dir", str(out), *PLAIN, *flags.split()])
+    return load_file(out / "model.safetensors")
+
+
+def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_added_up(
+        exported, tmp_path, same_numbers, capsys, monkeypatch):
+    start = load_file(exported.folder / "reference/model.safetensors")
+    whole = run_online(exported, tmp_path / "whole")
+    assert capsys.readouterr().out.count("rho is 0 exactly for the first 24 samples\n") == 1
+    cut = run_online(exported, tmp_path, "--per_device_train_batch_size 4 "
+                     "--gradient_accumulation_steps 6 --activation_checkpointing 1")
+    judge, load = toy.judge, own_model.load_tokenizer
+
+    def with_template(name):
+        words, config = load(name)
+        words.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        return words, config
+
+    monkeypatch.setattr(own_model, "load_tokenizer", with_template)
+    monkeypatch.setattr(toy, "judge", lambda prompts, completions: judge(
+        [message["content"] for [message] in prompts], completions))
+    chats = [dict(prompt=[dict(role="user", content=x)]) for x in data.TRAIN_PROMPTS]
+    by_chat = run_online(exported, tmp_path / "chat", lines=chats)
+    for name, weight in whole.items():
+        assert near(cut[name], weight, 1e-6) and near(by_chat[name], weight, 1e-6), name
+    assert max((whole[name] - start[name]).abs().max() for name in start) > 0.01
+    lora = run_online(exported, tmp_path / "lora", "--lora 1 --learning_rate 5")
+    moves = [lora[name] - start[name] for name in start if not near(lora[name], start[name], 1e-6)]
+    assert moves and all(torch.linalg.matrix_rank(move, atol=1e-5) == 1 for move in moves)
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("sad sea :").input_ids
+
+
+def too_few(prompts, completions):
+    return [0.0] * (len(prompts) - 1)
+
+
+def nan(prompts, completions):
+    return [float("nan"), *too_few(prompts, completions)]
+
+
+GOOD = dict(prompt="happy wind :")
+
+
+@pytest.mark.parametrize("flags, lines, message", [
+    *((f"{flag} 2", None, f"flags: .*{flag}") for flag in (
+        "--loss_type", "--scale_rewards", "--num_iterations", "--temperature", "--top_k",
+        "--steps_per_generation", "--mask_truncated_completions", "--resume_from_checkpoint")),
+    ("--beta 0", None, "flags: must be: --beta > 0"),
+    ("--num_generations 7", None, "flags: .*24.* must be divisible by num_generations .7"),
+    ("--judge nowhere:f", None, "--judge nowhere:f: No module named 'nowhere'"),
+    ("--judge math", None, "--judge math: .*no attribute ''"),
+    ("--judge math:pi", None, "--judge math:pi: 'float' object is not callable"),
+    ("--judge operator:add", None, "--judge operator:add: could not convert string"),
+    ("--judge test_on_the_toy:too_few", None, "too_few: for 24 completions, no finite"),
+    ("--judge test_on_the_toy:nan", None, "nan: for 24 completions, no finite .*nan"),
+    ("--model nowhere", None, "--model nowhere: "),
+    ("--prompts nowhere", None, "--prompts nowhere: .*No such file"),
+    ("", [{}], "line 1: b'{}': 'None' is no string"),
+    ("", [GOOD, [1]], r"line 2: b'\[1\]'"),
+    ("", [dict(prompt=[1])], "line 1: .*: TRL takes a text"),
+    ("", [dict(prompt="")], "line 1: .*it has 0 tokens: 1 to 5 fit"),
+    ("", [dict(prompt="happy sea : sea sea sea")], "line 1: .*it has 6 tokens: 1 to 5 fit"),
+    ("", [GOOD, dict(prompt=[dict(content="happy")])], "line 2: .*chat.template"),
+    ("", [GOOD], "jsonl: a step takes 3 prompts, and there are 1"),
+    ("", [], "jsonl: no feedback")])
+def test_online_pys_bad_input_is_one_line(flags, lines, message, exported, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_online(exported, tmp_path / "out", flags, lines)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(PROGRAM)]
+    assert ended.value.code == 2 and len(said) == 1 and re.search(message, said[0]), said
+    assert not [*tmp_path.glob("out/*")]
+    closing = toy.tokenizer()
+    closing.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", data.EOT)])
+    with pytest.raises(ValueError, match="a text that no tokenizer ends"):
+        online.prompt_of(GOOD, "", closing, 5)
+
+
+def test_a_run_online_that_starts_elsewhere_or_diverges_ends_and_saves_nothing(
+        exported, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="1"):
+        run_online(exported, tmp_path, "--learning_rate 1e30")
+    assert re.search("training: .*inf.*nan", capsys.readouterr().err)
+    load = own_model.load_model
+
+    def with_dropout(*how):
+        model = load(*how)
+        model.transformer.drop = torch.nn.Dropout(0.5)
+        return model
+
+    monkeypatch.setattr(own_model, "load_model", with_dropout)
+    with pytest.raises(SystemExit, match="1"):
+        run_online(exported, tmp_path)
+    assert "nats before training" in capsys.readouterr().err and not [*tmp_path.glob("*")]
+
+
 # ---------------------------------------------------------------- compare, memory.py
-def test_on_all_feedback_at_once_three_trainers_are_one_and_compare_goes_on(exported, monkeypatch):
+def test_on_all_feedback_at_once_all_trainers_are_one_and_compare_goes_on(
+        exported, monkeypatch, same_numbers):
     path = exported.folder.parent / "on_the_toy.json"
-    flags = "--seed 3 --seeds 1 --jobs 1 --batch 200 --steps 4"  # of so few none is a ramp up
+    flags = "--seed 3 --seeds 1 --jobs 1 --batch 198 --steps 4"  # of so few none is a ramp up
     command = ["compare", str(path.parent), *flags.split(), *FLAGS]
     toy.main(command)
     told = toy.read(path)
     ours = {row["method"]: row for row in told["runs"] if row["by"] == "train.py"}
-    assert len(told["runs"]) == 6 + 3 + 2 + 5 and all(row["kl"] > 1e-3 for row in ours.values())
+    assert len(told["runs"]) == 9 + 3 + 4 + 1 + 5 and all(row["kl"] > 1e-3 for row in ours.values())
     for row in told["runs"]:
         assert row == pytest.approx(ours[row["method"]] | dict(by=row["by"]), abs=1e-5)
     missing = next(row for row in told["runs"] if row["by"] == "own_model.py")

@@ -22,7 +22,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)
-HERE = Path(__file__).resolve().parent
+HERE, PROGRAM = Path(__file__).resolve().parent, Path(sys.argv[0]).name
 WORDS = "<unk> <eos> <bos> user assistant : a b c d e f g h i j k good bad".split()
 TEMPLATE = ("{% for m in messages %}{{ m.role + ' : ' + m.content + ' <eos> ' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}")
@@ -221,17 +221,6 @@ def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop(folder, tm
     assert transformers.AutoTokenizer.from_pretrained(out).encode("a good") == ids("a good")
 
 
-# As a script, twice in the same two processes: a whole run, and one that goes on.
-TWICE = """import runpy, sys
-script, one, two, *rest = sys.argv[1:]
-for arguments in [*rest, "--output_dir", one], [
-        *rest, "--output_dir", two, "--resume_from_checkpoint", one + "/checkpoint-3"]:
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
-assert sys.modules["una"].__file__ == script.replace("own_model", "una")
-"""
-
-
 def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folder, tmp_path):
     """11 items: the second step of an epoch has 3 of them, and copies that must not count."""
     one, two, gone_on = (tmp_path / name for name in ("one", "two", "gone_on"))
@@ -241,13 +230,14 @@ def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folde
     assert results["items"] == dict(train=11, held=3)
     for source in (HERE / "own_model.py", HERE.parent / "una.py"):
         shutil.copy(source, tmp_path)                            # a copy of una.py serves as well
-    (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "twice.py", str(tmp_path / "own_model.py"), str(two), str(gone_on), "--model", folder,
-         "--data", f"{one}.jsonl", *PLAIN, *options, "--per_device_train_batch_size", "2",
-         "--gradient_accumulation_steps", "2"], cwd=tmp_path, capture_output=True, encoding="utf-8")
-    assert ended.returncode == 0, ended.stderr
+    for out, more in (two, []), (gone_on, ["--resume_from_checkpoint", f"{two}/checkpoint-3"]):
+        ended = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             "own_model.py", "--model", folder, "--data", f"{one}.jsonl", "--output_dir", str(out),
+             *PLAIN, *options, "--per_device_train_batch_size", "2",
+             "--gradient_accumulation_steps", "2", *more],
+            cwd=tmp_path, capture_output=True, encoding="utf-8")
+        assert ended.returncode == 0, ended.stderr
     assert farthest(one, two) < 1e-6 and farthest(one, folder) > 0.03
     assert farthest(two, gone_on) == 0
     histories = [json.loads((out / "checkpoint-4/trainer_state.json").read_text(encoding="utf-8"))
@@ -307,7 +297,7 @@ def ends(capsys, status, *arguments):
     """The one line with which main ends."""
     with pytest.raises(SystemExit) as end:
         own_model.main([*arguments, "--use_cpu"])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("own_model")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(PROGRAM)]
     assert end.value.code == status and len(said) == 1, said
     return said[0]
 

@@ -1,0 +1,125 @@
+"""Online UNA on a model of your own: TRL's GRPOTrainer, with Eq. 7 for its loss.
+
+    python examples/online.py --model FOLDER --prompts prompts.jsonl --judge module:function \\
+        --beta 0.1 --num_generations 8 --output_dir out
+
+Needs requirements-trl.txt, and own_model.py beside it. A line of the prompts is {"prompt": ...}, a
+string or messages for the chat template. judge(prompts, completions) is given two lists of as many,
+completions as strings, and returns a list of rewards, in the unit of beta. Each step has fresh
+samples, num_generations of a prompt; what would change that, or the loss, is no flag here. All
+weights are trained, in float32, the reference stays beside them in memory; with --lora R a low-rank
+W + BA. At first rho = log pi - log pi_ref must be 0 exactly, or the run ends.
+"""
+import importlib
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")          # or TRL would report each run
+
+import own_model
+import torch
+from datasets import Dataset
+from own_model import reading
+from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
+
+import una  # own_model.py has found it
+
+
+@dataclass
+class Settings:
+    model: str                                          # a folder or a name, for from_pretrained
+    prompts: str                                        # JSONL
+    judge: str                                          # module:function
+    lora: int = 0                                       # rank; 0 trains all weights
+
+
+class UNATrainer(GRPOTrainer):
+    """Eq. 7 with the mean residual of a prompt's samples for f(x) + c. TRL's advantages must be
+    scale_rewards="none": rewards less the mean of their prompt's, which f(x) + c takes up."""
+
+    def implicit_reward(self, model, batch, offset=0.0):
+        """Eq. 6 of whole responses, (B,), in units of reward."""
+        mask = batch["completion_mask"]
+        logprobs, *_ = self._get_per_token_logps_and_entropies(model, *(
+            torch.cat([batch["prompt_" + of], batch["completion_" + of]], 1)
+            for of in ("ids", "mask")), mask.shape[1], self.args.per_device_train_batch_size)
+        logprob, ref_logprob = ((part * mask).sum(1)
+                                for part in (logprobs, batch["ref_per_token_logps"]))
+        return una.implicit_reward(logprob, ref_logprob, self.beta, offset)
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's samples, and f(x) + c. Here those of a prompt are consecutive rows. Afterwards TRL
+        shuffles them and cuts them into micro-batches, of one step: the policy stays what it is."""
+        batch = super()._generate_and_score_completions(inputs)
+        with torch.no_grad():
+            reward = self.implicit_reward(self.model, batch)
+        if self.state.global_step == 0:
+            own_model.check_start(reward / self.beta)
+            self.accelerator.print(f"rho is 0 exactly for the first {len(reward)} samples")
+        self._metrics["train"]["kl"].append(reward.mean().item() / self.beta)
+        residual = (batch["advantages"] - reward).view(-1, self.num_generations)
+        batch["offset"] = residual.mean(1, keepdim=True).expand_as(residual).flatten()
+        return batch
+
+    def _compute_loss(self, model, inputs):
+        reward = self.implicit_reward(model, inputs, inputs["offset"])
+        loss = una.una_reward_loss(reward, inputs["advantages"]).mean()
+        return loss / self.current_gradient_accumulation_steps  # TRL leaves that to the loss
+
+
+def reward_function(judge, name):
+    """The judge as TRL calls it. TRL would go on where a reward is NaN."""
+    def rewards(prompts, completions, **_):
+        texts = [y if isinstance(y, str) else y[0]["content"] for y in completions]
+        with reading(f"--judge {name}"):
+            given = [*map(float, judge(prompts, texts))]
+            if len(given) != len(prompts) or not all(map(math.isfinite, given)):
+                raise ValueError(f"for {len(prompts)} completions, no finite number each: {given}")
+        return given
+    return rewards
+
+
+def prompt_of(row, where, tokenizer, room):
+    """What a line becomes, if TRL will make of it the tokens that own_model.py makes."""
+    ids = own_model.encode(prompt := row.get("prompt"), tokenizer, answered=False)
+    if not (tokenizer(prompt)["input_ids"] == ids if isinstance(prompt, str) else
+            is_conversational(dict(prompt=prompt))):
+        raise ValueError("TRL takes a text that no tokenizer ends, or messages with their roles")
+    if not 0 < len(ids) <= room:
+        raise ValueError(f"it has {len(ids)} tokens: 1 to {room} fit")
+    return dict(prompt=prompt)
+
+
+def main(arguments=None):
+    """Reads, trains, saves. Bad input is one line and status 2."""
+    names = [*own_model.TRAINING, "beta", "num_generations", "max_completion_length"]
+    settings, training = own_model.parse_flags(arguments, Settings, GRPOConfig, names, beta=0.1,
+                                               bf16=False, activation_checkpointing=False)
+    with reading("flags"):
+        args = GRPOConfig(**vars(training), scale_rewards="none", logging_nan_inf_filter=False)
+        if not 0 < args.beta < math.inf:
+            raise ValueError("must be: --beta > 0")
+    with reading(f"--judge {settings.judge}"):
+        sys.path.append(os.getcwd())
+        module, _, function = settings.judge.partition(":")
+        judge = reward_function(getattr(importlib.import_module(module), function), settings.judge)
+    with reading(f"--model {settings.model}"):
+        tokenizer, config = own_model.load_tokenizer(settings.model)
+        model = own_model.load_model(settings, config, args.seed)
+    with reading(f"--prompts {settings.prompts}"):
+        room = getattr(config, "max_position_embeddings", math.inf) - args.max_completion_length
+        rows = Dataset.from_list(own_model.read_lines(settings.prompts, prompt_of, tokenizer, room))
+        if len(rows) < (of_a_step := args.generation_batch_size // args.num_generations):
+            raise ValueError(f"a step takes {of_a_step} prompts, and there are {len(rows)}")
+    with reading("flags"):
+        trainer = UNATrainer(model, judge, args, rows, processing_class=tokenizer)
+    with reading("training", status=1):
+        trainer.train()
+    own_model.save(trainer, settings.lora)
+
+
+if __name__ == "__main__":
+    main()
