@@ -3,16 +3,15 @@
     python examples/online.py --model FOLDER --prompts prompts.jsonl --judge module:function \\
         --beta 0.1 --num_generations 8 --output_dir out
 
-Needs requirements-trl.txt, and own_model.py beside it. A line of the prompts is {"prompt": ...}, a
-string or messages for the chat template. judge(prompts, completions) is given two lists of as many,
-completions as strings, and returns a list of rewards, in the unit of beta. Each step has fresh
-samples, num_generations of a prompt; what would change that, or the loss, is no flag here. All
-weights are trained, in float32, the reference stays beside them in memory; with --lora R a low-rank
-W + BA. At first rho = log pi - log pi_ref must be 0 exactly, or the run ends.
+Needs requirements-trl.txt. A line of the prompts is {"prompt": ...}, a string or messages for the
+chat template. judge(prompts, completions) is given two lists, completions as strings, and returns
+as many rewards, in the unit of beta. Each step has num_generations fresh samples of a prompt; what
+would change that, or the loss, is no flag here. All weights are trained, in float32, beside the
+reference; with --lora R a low-rank W + BA. At first rho = log pi/pi_ref must be 0, or the run ends.
 """
-import importlib
 import math
 import os
+import pkgutil
 import sys
 from dataclasses import dataclass
 
@@ -21,11 +20,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")          # or TRL would r
 import own_model
 import torch
 from datasets import Dataset
-from own_model import reading
+from own_model import reading, una
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
-
-import una  # own_model.py has found it
 
 
 @dataclass
@@ -46,9 +43,8 @@ class UNATrainer(GRPOTrainer):
         logprobs, *_ = self._get_per_token_logps_and_entropies(model, *(
             torch.cat([batch["prompt_" + of], batch["completion_" + of]], 1)
             for of in ("ids", "mask")), mask.shape[1], self.args.per_device_train_batch_size)
-        logprob, ref_logprob = ((part * mask).sum(1)
-                                for part in (logprobs, batch["ref_per_token_logps"]))
-        return una.implicit_reward(logprob, ref_logprob, self.beta, offset)
+        logprob, ref = (logprobs * mask).sum(1), (batch["ref_per_token_logps"] * mask).sum(1)
+        return una.implicit_reward(logprob, ref, self.beta, offset)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's samples, and f(x) + c. Here those of a prompt are consecutive rows. Afterwards TRL
@@ -104,8 +100,7 @@ def main(arguments=None):
             raise ValueError("must be: --beta > 0")
     with reading(f"--judge {settings.judge}"):
         sys.path.append(os.getcwd())
-        module, _, function = settings.judge.partition(":")
-        judge = reward_function(getattr(importlib.import_module(module), function), settings.judge)
+        judge = reward_function(pkgutil.resolve_name(settings.judge), settings.judge)
     with reading(f"--model {settings.model}"):
         tokenizer, config = own_model.load_tokenizer(settings.model)
         model = own_model.load_model(settings, config, args.seed)

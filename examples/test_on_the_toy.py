@@ -252,6 +252,7 @@ def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_
     assert capsys.readouterr().out.count("rho is 0 exactly for the first 24 samples\n") == 1
     cut = run_online(exported, tmp_path, "--per_device_train_batch_size 4 "
                      "--gradient_accumulation_steps 6 --activation_checkpointing 1")
+    lora = run_online(exported, tmp_path / "lora", "--lora 1 --learning_rate 5")
     judge, load = toy.judge, own_model.load_tokenizer
 
     def with_template(name):
@@ -267,7 +268,6 @@ def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_
     for name, weight in whole.items():
         assert near(cut[name], weight, 1e-6) and near(by_chat[name], weight, 1e-6), name
     assert max((whole[name] - start[name]).abs().max() for name in start) > 0.01
-    lora = run_online(exported, tmp_path / "lora", "--lora 1 --learning_rate 5")
     moves = [lora[name] - start[name] for name in start if not near(lora[name], start[name], 1e-6)]
     assert moves and all(torch.linalg.matrix_rank(move, atol=1e-5) == 1 for move in moves)
     assert AutoTokenizer.from_pretrained(tmp_path / "whole")("sad sea :").input_ids
@@ -291,7 +291,8 @@ GOOD = dict(prompt="happy wind :")
     ("--beta 0", None, "flags: must be: --beta > 0"),
     ("--num_generations 7", None, "flags: .*24.* must be divisible by num_generations .7"),
     ("--judge nowhere:f", None, "--judge nowhere:f: No module named 'nowhere'"),
-    ("--judge math", None, "--judge math: .*no attribute ''"),
+    ("--judge math", None, "--judge math: 'module' object is not callable"),
+    ("--judge math:f", None, "--judge math:f: .*no attribute 'f'"),
     ("--judge math:pi", None, "--judge math:pi: 'float' object is not callable"),
     ("--judge operator:add", None, "--judge operator:add: could not convert string"),
     ("--judge test_on_the_toy:too_few", None, "too_few: for 24 completions, no finite"),
