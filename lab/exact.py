@@ -289,13 +289,34 @@ def by_token(world, rewards, beta, tilt):
     return torch.cat([*depths, string], 1)
 
 
-def by_spread(world, beta, tilt, rounds=12):
-    """by_token where advantages are divided by their spread under the policy itself."""
+# The loss has A where rewards stand here: r less what is the same for all, over the spread of a
+# group. That of an endless group is the policy's own. A group of n knows its own mean and spread
+# alone, and y is one of it: E A given r(y) is less than it would be, and no straight line in r.
+def advantages_in_groups(world, logprobs, n, draws=1000):
+    """E A given r(y), (X, Y), of groups of y and n - 1 others of the policy, from so many draws."""
+    values, index = world.rewards.unique(return_inverse=True)
+    mass = torch.zeros(len(index), len(values)).double().scatter_add(1, index, logprobs.exp())
+    drawn = mass.multinomial(draws * (n - 1), True, generator=torch.Generator().manual_seed(0))
+    others, means = values[drawn].view(-1, draws, n - 1), []
+    total, squares = others.sum(2), (others ** 2).sum(2)         # (X, draws)
+    for value in values:
+        mean, square = (total + value) / n, (squares + value ** 2) / n
+        spread = ((square - mean ** 2).clamp(min=0) * n / (n - 1)).sqrt() + 1e-4
+        means.append(((value - mean) / spread).mean(1))
+    return torch.stack(means, 1).gather(1, index)
+
+
+def by_group(world, beta, tilt, n=None, rounds=12):
+    """by_token with GRPO's advantages for rewards, under the policy itself: in groups of n, or in
+    endless ones."""
     logprobs = world.ref_logprobs
     for _ in range(rounds):
-        mean = expect(logprobs, world.rewards)[:, None]
-        spread = expect(logprobs, (world.rewards - mean) ** 2).sqrt()[:, None]
-        logprobs = by_token(world, world.rewards / spread, beta, tilt)
+        if n:
+            advantages = advantages_in_groups(world, logprobs, n)
+        else:
+            above = world.rewards - expect(logprobs, world.rewards)[:, None]
+            advantages = above / expect(logprobs, above ** 2).sqrt()[:, None]
+        logprobs = by_token(world, advantages, beta, tilt)
     return logprobs
 
 

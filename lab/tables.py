@@ -231,20 +231,21 @@ def online_tables(online):
     def runs(name, **fields):
         return reported(online, name, **fields)
 
-    rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds",
-             "to 99 % of the gain", "state"]]
-    for name, reward in (*((name, "judge") for name in FRESH), ("una-online", "model"), ("ppo", "model")):
+    rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds", "state"]]
+    for name, reward in [(name, "judge") for name in FRESH] + [(name, "model") for name in ONLINE]:
         its = runs(name, reward=reward)
         rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(its)),
                      bad(lost(its)), *(percent(median(parts(its, part)), ".2g")
                                        for part in ("judged", "unjudged")),
-                     number(median(seconds(its))), number(median(seconds(its, 0.99))),
+                     number(median(seconds(its))),
                      f"{number(median(run['state_bytes'] for run in its) / 1e6)} MB"])
-    grpo = [["GRPO", "β", "where it stands still, by theory: lost", "trained: lost"]]
+    grpo = [["GRPO", "β", "theory, endless groups: lost", "theory, groups of 16: lost",
+             "trained: lost"]]
     for words, knobs in GRPO:
         found, theory = (varied(online[of], "grpo", **knobs) for of in ("runs", "theory"))
         grpo.append([words, cell_text(dict(beta_multiple=found[0]["beta_multiple"])),
-                     shares(lost(theory)), shares(lost(found))])
+                     shares(lost(theory)), shares([of["grouped"]["lost"] for of in theory]),
+                     shares(lost(found))])
     samples = [["samples", "from the reference: lost", "from a collapsed policy: lost"]]
     samples += [[words, *(shares(lost(varied(online["runs"], name, **knobs, **more)))
                           for more in ({}, dict(collapsed=True)))]

@@ -90,7 +90,8 @@ def entry(its, settings, prepared):
     """The result of a campaign.Run, a dictionary; prepared is what train.prepare gave."""
     shared, start, best = prepared
     if its.method == "theory":
-        return grpo_theory(its, shared.worlds["train"])
+        n = settings.batch // len(data.TRAIN_PROMPTS)
+        return grpo_theory(its, shared.worlds["train"], n)
     if its.method in ("reference", "optimum"):
         told = start if its.method == "reference" else best
         return {name: told[name] for name in told if name not in ("dots", "samples")}
@@ -156,17 +157,19 @@ def trained(its, settings, shared):
     return told | dict(curve=curve, method_beta=beta)
 
 
-def grpo_theory(its, world):
-    """Where its cell of GRPO stands still, worked out and not trained."""
+def grpo_theory(its, world, n):
+    """Where its cell of GRPO stands still, worked out and not trained: "train" in endless groups,
+    "grouped" in groups of n. Without division a group's own mean takes 1/n off A, and no more."""
     cell = dict(its.cell)
-    beta, divided = cell["beta_multiple"] * world.beta, "loss" not in cell
+    beta, undivided = cell["beta_multiple"] * world.beta, "loss" in cell
     tilt = una.k3_optimal_policy
     if cell.get("loss") == "undivided, k2":
         def tilt(*of):
             return una.optimal_policy(*of)[0]
-    logprobs = (exact.by_spread(world, beta, tilt) if divided
-                else exact.by_token(world, world.rewards, beta, tilt))
-    return dict(train=exact.evaluate(world, logprobs))
+    return {name: exact.evaluate(world, exact.by_token(
+        world, world.rewards * (1 - 1 / size if size else 1), beta, tilt) if undivided
+        else exact.by_group(world, beta, tilt, size)) for name, size in dict(
+            train=None, grouped=n).items()}
 
 
 def counting(loss):

@@ -213,13 +213,29 @@ def test_grpo_stands_still_where_each_token_is_tilted_by_what_it_leads_to(tree):
 
 def test_grpo_divided_stands_still_where_beta_is_times_the_spread_of_its_own_rewards(tree):
     world = small().worlds["train"]
-    policy = exact.by_spread(world, BETA, una.k3_optimal_policy, rounds=60)
+    policy = exact.by_group(world, BETA, una.k3_optimal_policy, rounds=60)
     spread = [(p * (r - (p * r).sum()) ** 2).sum().sqrt() for p, r in zip(
         policy.exp(), world.rewards)]
     scaled = world.rewards / torch.stack(spread)[:, None]
     for rewards, still in ((scaled, True), (world.rewards, False)):
         slope = gradient(token_loss(world, rewards, 3), prefix_logits(policy)).abs().max()
         assert (slope < 1e-6) == still
+
+
+def test_grpo_in_groups_has_the_mean_advantage_of_a_reward_among_others_of_the_policy(tree):
+    world, n = tree, 4
+    world.rewards = (2 * world.rewards).round() / 2              # a few values
+    told = exact.advantages_in_groups(world, world.ref_logprobs, n, draws=20_000)
+    drawn = world.ref_logprobs.exp().multinomial(40_000 * n, True)           # whole responses
+    rewards = world.rewards.gather(1, drawn)
+    advantages = una.grpo_advantages(rewards.flatten(), n).view(rewards.shape)
+    for x in range(len(rewards)):
+        for value in rewards[x].unique():
+            seen = advantages[x][rewards[x] == value]
+            if len(seen) > 1000:
+                off = 5 * seen.std() * (len(seen) ** -0.5 + 20_000 ** -0.5)
+                assert (told[x][world.rewards[x] == value] - seen.mean()).abs().max() < off
+    assert not close(told, world.rewards / world.rewards.std(), 0.1)         # no straight line
 
 
 # ---------------------------------------------------------------- stored samples
