@@ -1,5 +1,3 @@
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -38,16 +36,14 @@ def short(language, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """All methods on seed 1 in the small language: a namespace of folder, status, out, err,
-    results, and runs: {method: entry}."""
+    """All methods on seed 1 in the small language: a namespace of folder, status, results, and
+    runs: {method: entry}."""
     import toy
     import train
 
     folder = tmp_path_factory.mktemp("tiny")
-    out, err = io.StringIO(), io.StringIO()
-    with toy.language(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with toy.language():
         status = train.main([*toy.FLAGS, "--seed", "1", "--out", str(folder)])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return SimpleNamespace(folder=folder, status=status, out=out.getvalue(), err=err.getvalue(),
-                           results=results,
+    return SimpleNamespace(folder=folder, status=status, results=results,
                            runs={entry["method"]: entry for entry in results["runs"]})

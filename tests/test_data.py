@@ -43,13 +43,6 @@ def chi_square(counts, probs):
     return sum((counts[key] - n * p) ** 2 / (n * p) for key, p in probs.items())
 
 
-def feedback_on_texts(prompts, texts, seed=0, level=0.0, times=1):
-    """Feedback on responses given as texts, all of them several times over."""
-    prompts, (tokens, mask) = data.encode_prompts(prompts), data.encode_responses(texts)
-    return data.feedback_on(*(t.repeat(times, 1) for t in (prompts, tokens, mask)),
-                            torch.Generator().manual_seed(seed), level)
-
-
 # ---------------------------------------------------------------- the tokenizer
 def test_each_of_25_words_is_one_token_and_end_of_text_the_last_without_a_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
@@ -188,56 +181,29 @@ def test_sentences_come_from_their_seed_lean_to_the_mood_and_one_in_ten_has_a_ra
 
 
 # ---------------------------------------------------------------- feedback
-def test_wins_scores_and_labels_follow_from_rewards_and_the_level_of_a_prompt_is_in_no_pair():
-    # Eight responses, a pair to each prompt; the level at 2.
-    prompts = ["happy sea :"] * 2 + ["sad wind :"] * 2 + ["wild fire :"] * 2 + ["calm night :"] * 2
-    texts = [" golden bright sea", " bleak cold wind", " grey grey wind", " cold bitter wind",
-             " soft", " furious loud fire", " slow soft night", " still slow sea"]
-    r = torch.tensor([slow_reward(x, [*y.split(), "END"]) for x, y in zip(prompts, texts)])
-    f = torch.tensor([-2, -2, -2 / 3, -2 / 3, 2 / 3, 2 / 3, 2, 2])
-    plain, raised = (feedback_on_texts(prompts, texts, level=level, times=5000)
-                     for level in (0.0, 2.0))
-    for name in ("tokens", "mask", "pairs"):
-        assert torch.equal(getattr(raised, name), getattr(plain, name)), name
-    wins = Counter(chosen % 8 for chosen in plain.pairs[:, 0].tolist())
-    for i, difference in zip(range(0, 8, 2), r[0::2] - r[1::2]):
-        assert wins[i] + wins[i + 1] == 5000 and abs(difference) > 0.1
-        assert within(wins[i], 5000, difference.sigmoid().item())
-        for wrong in (-difference, 2 * difference):              # chosen, rejected swapped
-            assert not within(wins[i], 5000, wrong.sigmoid().item())
-    for feedback, scores, wrong in [(plain, r.sigmoid(), (-r).sigmoid()),
-                                    (raised, (r + f).sigmoid(), r.sigmoid())]:
-        assert set(feedback.labels.tolist()) == {0.0, 1.0}
-        assert near(feedback.scores, scores.repeat(5000), 1e-6)
-        labels = feedback.labels.view(5000, 8)
-        for i, ups in enumerate(labels.sum(0).tolist()):
-            assert within(ups, 5000, scores[i].item()) and not within(ups, 5000, wrong[i].item())
-        # Rows are drawn independently of each other.
-        assert torch.corrcoef(labels.T).fill_diagonal_(0).abs().max() < 0.08
-
-
-def test_feedback_draws_the_winner_of_two_answers_to_a_prompt_and_then_labels_from_its_generator():
-    # One draw for each two rows, identical or not, and one for each row.
+def test_feedback_draws_the_winner_of_two_answers_by_their_rewards_and_then_labels_by_the_level():
+    # One draw for each two rows, identical or not, and one for each row; of its own generator.
     prompts, texts = [prompt for prompt in TRAIN_PROMPTS for _ in range(2)], GOOD[:24]
     texts[7], texts[20] = texts[6], texts[21]                    # pairs 3 and 10 are identical
     # These differ in one token.
     texts[:6] = [" warm cold sea", " cold cold sea", " cold warm sea", " cold cold sea",
                  " warm cold sea", " warm cold wind"]
-    state = torch.get_rng_state()
-    feedback, other = (feedback_on_texts(prompts, texts, seed) for seed in (3, 4))
-    assert torch.equal(torch.get_rng_state(), state)
-    for name in ("pairs", "labels"):
-        assert not torch.equal(getattr(feedback, name), getattr(other, name)), name
-    assert torch.equal(feedback.scores, other.scores)
-    generator = torch.Generator().manual_seed(3)
+    x, (y, mask) = data.encode_prompts(prompts), data.encode_responses(texts)
     r = torch.tensor([slow_reward(x, [*y.split(), "END"]) for x, y in zip(prompts, texts)])
-    first_wins = torch.bernoulli(torch.sigmoid(r[0::2] - r[1::2]), generator=generator)
-    pairs = [[2 * i, 2 * i + 1] if wins else [2 * i + 1, 2 * i]
-             for i, wins in enumerate(first_wins.tolist()) if i not in (3, 10)]
-    assert feedback.pairs.tolist() == pairs
-    assert torch.equal(feedback.labels, torch.bernoulli(torch.sigmoid(r), generator=generator))
-    tokens, mask = data.join(data.encode_prompts(prompts), *data.encode_responses(texts))
-    assert torch.equal(feedback.tokens, tokens) and torch.equal(feedback.mask, mask)
+    f = torch.tensor([{"sea": -2, "wind": -2 / 3, "fire": 2 / 3, "night": 2}[prompt.split()[1]]
+                      for prompt in prompts])
+    state = torch.get_rng_state()
+    for level, score in ((0.0, torch.sigmoid(r)), (2.0, torch.sigmoid(r + f))):
+        ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
+        feedback = data.feedback_on(x, y, mask, ours, level)
+        first_wins = torch.bernoulli(torch.sigmoid(r[0::2] - r[1::2]), generator=theirs)     # Eq. 1
+        assert feedback.pairs.tolist() == [
+            [2 * i, 2 * i + 1] if wins else [2 * i + 1, 2 * i]
+            for i, wins in enumerate(first_wins.tolist()) if i not in (3, 10)]
+        assert torch.equal(feedback.labels, torch.bernoulli(score, generator=theirs))
+        assert near(feedback.scores, score, 1e-6)
+    assert all(map(torch.equal, (feedback.tokens, feedback.mask), data.join(x, y, mask)))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---------------------------------------------------------------- KTO's mismatched pairs

@@ -1,9 +1,8 @@
-"""f(x) + c of a method, one number a prompt, and the level that makes prompts differ.
+"""f(x) + c of a method, one number a prompt, in prompts that a level makes differ.
 
 Zero, estimated or learned: what each starts with, who gets it, and by which path it gets there. All
 of it in a language of 651 responses to a prompt.
 """
-import copy
 import functools
 import itertools
 import math
@@ -15,7 +14,7 @@ import data
 import train
 import una
 from helpers import close, moved, near
-from toy import changed
+from toy import FLAGS
 
 STORED = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
 WITH_OFFSET = [name for name in STORED if name.endswith(("-estimated", "-learned"))]
@@ -24,20 +23,20 @@ ESTIMATED = [name for name in WITH_OFFSET if name.endswith("-estimated")]
 pytestmark = pytest.mark.usefixtures("language")                 # of toy.py
 
 
-def settings(level=1.0, steps=3, batch=48):
-    return train.parse(f"--n-embd 8 --n-head 1 --n-layer 1 --reference-steps 8 --judged 46 --out= "
-                       f"--device cpu --steps {steps} --batch {batch} --level {level}".split())
+def settings(steps=3, batch=48):
+    return train.parse([*FLAGS, *f"--judged 46 --out= --level 1 --steps {steps} --batch {batch}"
+                        .split()])
 
 
 @functools.cache
-def prepared(level=1.0):
+def prepared():
     """What all runs of seed 0 share: 46 responses, 16, 16 and 14 to a prompt. Change none of it."""
-    return train.prepare(settings(level), 0)[0]
+    return train.prepare(settings(), 0)[0]
 
 
-def everything(level=1.0):
+def everything():
     """All feedback in one batch, with f = c = 0."""
-    return data.take(prepared(level).feedback, torch.arange(46))
+    return data.take(prepared().feedback, torch.arange(46))
 
 
 def numbers(batch):
@@ -46,9 +45,9 @@ def numbers(batch):
             for row in batch.tokens]
 
 
-def rewards(batch, level=1.0):
+def rewards(batch):
     """The judge's, with the level of each noun."""
-    levels = [level * data.LEVELS[data.TRAIN_PROMPTS[i].split()[1]] for i in numbers(batch)]
+    levels = [data.LEVELS[data.TRAIN_PROMPTS[i].split()[1]] for i in numbers(batch)]
     return data.reward(batch.tokens[:, :3], batch.tokens[:, 3:]) + torch.tensor(levels)
 
 
@@ -77,28 +76,12 @@ def balances(batch, name):
     return [logit(sum(group) / len(group)) for group in own_scores(name, batch)]
 
 
-def rho_of(policy, batch):
-    """log pi/pi_ref of each response, with no prompt shared."""
-    logprobs = [una.sequence_logprob(model(batch.tokens), batch.tokens, batch.mask)
-                for model in (policy, prepared().reference)]
-    return logprobs[0] - logprobs[1]
-
-
-def batches(name, offsets, size=46, shared=None):
-    return train.stored_batches(train.METHODS[name], shared or prepared(), size, 0, offsets)
-
-
-def run(name, level=1.0, steps=3, offsets=None, **changes):
-    """A run's policy and its f(x) + c, at the end, and align's figures."""
-    its = train.METHODS[name]._replace(**changes)
-    policy, stream, value, offsets = train.begin(its, settings(level, steps), 0, prepared(level),
-                                                 offsets)
-    told = train.align(its, policy, stream, 0.25 * its.beta_multiple, steps, value, offsets)
-    return policy, offsets, told
-
-
-def weights(model):
-    return torch.cat([part.detach().flatten() for part in model.parameters()])
+def run(name, steps=3, offsets=None):
+    """A run's policy and its f(x) + c, at the end."""
+    its = train.METHODS[name]
+    policy, stream, value, offsets = train.begin(its, settings(steps), 0, prepared(), offsets)
+    train.align(its, policy, stream, 0.25 * its.beta_multiple, steps, value, offsets)
+    return policy, offsets
 
 
 # ---------------------------------------------------------------- where an offset begins
@@ -188,70 +171,30 @@ def written_out(name, batch, logit):
 @pytest.mark.parametrize("name", ALONE)
 def test_eq07_eq12_eq13_with_an_offset_are_the_losses_written_out(name, beta=0.25):
     policy, table = moved(prepared().reference, 0.2), torch.linspace(-1, 2, 3)
-    batch = next(batches(name, table))
-    rho, own, others = (rho_of(policy, batch), table[numbers(batch)], table.roll(1)[numbers(batch)])
-    value = train.METHODS[name].loss(policy, batch, beta)
+    batch = next(train.stored_batches(train.METHODS[name], prepared(), 46, 0, table))
+    own, others = table[numbers(batch)], table.roll(1)[numbers(batch)]
+    pi, pi_ref = (una.sequence_logprob(model(batch.tokens), batch.tokens, batch.mask)
+                  for model in (policy, prepared().reference))
+    rho, value = pi - pi_ref, train.METHODS[name].loss(policy, batch, beta)
     assert value.shape == (46,)
     assert near(value, written_out(name, batch, beta * rho + own), 1e-4)
     for wrong in (beta * rho, beta * rho + others, beta * rho - own, 2 * beta * rho + own):
         assert not near(value, written_out(name, batch, wrong), 1e-2)
 
 
-def mean_loss(name, policy, batch):
-    """Of labels, the mean over them: 1 has the chance that the score is."""
-    if "binary" not in name:
-        return train.METHODS[name].loss(policy, batch, 0.25)
-    up, down = (train.una_binary_bce(policy, changed(
-        batch, labels=torch.full_like(batch.labels, label)), 0.25) for label in (1, 0))
-    return batch.scores * up + (1 - batch.scores) * down
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_eq18_at_the_optimum_stored_feedback_pulls_at_nothing_if_the_offset_is_exact(name):
-    # Rewards whose optimum the policy is are beta rho + f(x), for any f: their beta log Z(x) is
-    # f(x) itself.
-    policy, batch = moved(prepared().reference, 0.2).double(), everything()
-    reference = copy.deepcopy(prepared().reference).double()
-    batch.ref_logprob = train.logprob(reference, batch.tokens, batch.mask)
-    rho = train.logprob(policy, batch.tokens, batch.mask).detach() - batch.ref_logprob
-    batch.offset = torch.linspace(-1, 2, 3).double()[numbers(batch)]
-    batch.scores = torch.sigmoid(0.25 * rho + batch.offset)
-
-    def steepest():
-        slopes = torch.autograd.grad(mean_loss(name, policy, batch).mean(), [*policy.parameters()])
-        return max(slope.abs().max().item() for slope in slopes)
-    assert steepest() < 1e-12
-    for wrong in (batch.offset.mean(), 0.0):                     # one constant for all, or none
-        batch.offset = wrong
-        assert steepest() > 1e-3
-
-
 # ---------------------------------------------------------------- an offset that is learned
-def test_a_learned_offset_is_pulled_by_the_responses_to_its_own_prompt_alone():
-    # d bce / d logit = s - label, and the loss is the mean of all.
-    policy, table = moved(prepared().reference, 0.2), torch.linspace(-1, 2, 3).requires_grad_()
-    batch = next(batches("una-binary-learned", table))
-    train.una_binary_bce(policy, batch, 0.25).mean().backward()
-    with torch.no_grad():
-        logit = 0.25 * rho_of(policy, batch) + table[numbers(batch)]
-        pulls = (torch.sigmoid(logit) - batch.labels) / 46
-    expected = [sum(pull for pull, i in zip(pulls.tolist(), numbers(batch)) if i == prompt)
-                for prompt in range(3)]
-    assert table.grad.tolist() == pytest.approx(expected, abs=1e-6)
-    assert min(map(abs, expected)) > 0.01
-
-
 @pytest.mark.parametrize("name", ["una-binary-learned", "una-score-learned"])
 def test_a_learned_offset_has_offset_times_the_learning_rate_of_the_weights(name):
     # Adam's first step is the learning rate, against the gradient's sign.
     rate, batch = train.METHODS[name].learning_rate, everything()
     up = torch.zeros(3).index_add(0, batch.prompt, 0.5 - (
         batch.labels if "binary" in name else batch.scores))
-    policy, offsets, _ = run(name, steps=1, offsets=torch.zeros(3).requires_grad_())
+    policy, offsets = run(name, steps=1, offsets=torch.zeros(3).requires_grad_())
     pulled = up != 0
     assert pulled.sum() > 1 and close(offsets.detach()[pulled],
                                       -up.sign()[pulled] * train.OFFSET_TIMES * rate, 1e-4)
-    farthest = (weights(policy) - weights(prepared().reference)).abs().max().item()
+    farthest = max((a - b).abs().max().item() for a, b in zip(
+        policy.parameters(), prepared().reference.parameters()))
     assert farthest == pytest.approx(rate, rel=1e-3) and train.OFFSET_TIMES > 1
 
 

@@ -1,6 +1,7 @@
 """PPO, which UNA would replace: its equations against slow loops and full enumeration; then its
 inner steps in train.py and the reward model, on real prompts."""
 import math
+import random
 from itertools import product
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import train
 import una
 from helpers import gpt, gradient, gradient_in, moved, near, normals
 from model import ScalarGPT
-from toy import changed, small
+from toy import changed
 
 # Prompt columns first, padding last: responses of one token to all eight, with and without
 # something on either side.
@@ -342,17 +343,29 @@ def test_eq03_the_first_losses_and_gradient_are_those_by_hand_the_policy_gradien
 
 
 # ---------------------------------------------------------------- the reward model
-def test_eq02_the_reward_model_learns_the_order_of_rewards(language):
+def test_eq02_the_reward_model_learns_the_order_of_rewards():
+    def responses(n, seed):
+        """n responses to two prompts, rows 2i and 2i + 1 to the same; some words are wrong."""
+        rng, words = random.Random(seed), [*data.ADJECTIVES] * 2 + data.NOUNS
+        x = [prompt for prompt in rng.choices(["happy wind :", "sad sea :"], k=n // 2)
+             for _ in range(2)]
+        y = [f" {rng.choice(words)} {rng.choice(words)} {rng.choice(4 * [noun] + data.NOUNS)}"
+             for _, noun, _ in map(str.split, x)]
+        return data.encode_prompts(x), *data.encode_responses(y)
+
     # Of pairs: coin flips of Eq. 1, not rewards. Asked about other responses.
-    settings, base = changed(small().settings, judged=3200, steps=160, batch=96), small().reference
-    feedback, others = (train.collect_feedback(settings, seed, base) for seed in (0, 1))
+    settings = SimpleNamespace(reference_steps=40, steps=160, batch=96, n_layer=1, n_head=2,
+                               n_embd=32, device="cpu")
+    base = train.train_reference(settings, 0)
+    feedback = data.feedback_on(*responses(3200, 0), torch.Generator().manual_seed(0))
     start = train.train_reward_model(changed(settings, steps=0), 0, base, feedback)
     assert torch.equal(start.hidden(feedback.tokens), base.hidden(feedback.tokens))
-    model = train.train_reward_model(settings, 0, base, feedback, learning_rate=1e-2)
+    model = train.train_reward_model(settings, 0, base, feedback, learning_rate=1e-3)
     for frozen in (base, model):
         assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-    judged = train.model_reward(model, others.tokens, others.mask).view(-1, 2)
-    true = data.reward(*others.tokens.split(data.PROMPT_TOKENS, 1)).view(-1, 2)
+    x, y, mask = responses(800, 1)
+    judged = train.model_reward(model, *data.join(x, y, mask)).view(-1, 2)
+    true = data.reward(x, y).view(-1, 2)
     clear = (true[:, 0] - true[:, 1]).abs() > 1
     right = (judged[:, 0] > judged[:, 1]) == (true[:, 0] > true[:, 1])
     assert clear.sum() > 100 and right[clear].float().mean() > 0.85

@@ -443,19 +443,15 @@ def test_eq09_refuses_scores_outside_zero_and_one_and_another_g():
 
 
 def test_eq10_is_eq02_on_implicit_rewards_and_so_dpo_with_any_offset():
+    # The nearest mistakes: test_methods.py, map_dpo.
     pairs, refs, b = normals(142)(2, 20), normals(143)(2, 20), normals(144)(20)
     value_and_slope = lambda loss: torch.stack([loss(pairs), *gradient(loss, pairs)])
-    pair = lambda p, beta=0.3, b_l=b: una_pair_loss(
-        *implicit_reward(p, refs, beta, torch.stack([b, b_l])))
+    pair = lambda p, b_l=b: una_pair_loss(*implicit_reward(p, refs, 0.3, torch.stack([b, b_l])))
     bradley_terry = value_and_slope(lambda r: -torch.log(r[0].exp() / (r[0].exp() + r[1].exp())))
     assert close(value_and_slope(lambda r: una_pair_loss(*r)), bradley_terry)
-    assert not close(value_and_slope(lambda r: una_pair_loss(*r.flip(0))), bradley_terry)
     dpo = value_and_slope(lambda p: dpo_loss(*p, *refs, 0.3))
     assert close(value_and_slope(pair), dpo)
-    for mistake, wrong in {
-            "swapped pair": lambda p: pair(p.flip(0)), "missing beta": lambda p: pair(p, beta=1.0),
-            "an offset that does not cancel": lambda p: pair(p, b_l=0 * b)}.items():
-        assert not close(value_and_slope(wrong), dpo), mistake
+    assert not close(value_and_slope(lambda p: pair(p, 0 * b)), dpo)    # one that does not cancel
 
 
 def test_eq11_is_the_squared_distance_to_the_label_and_eq12_the_cross_entropy_of_torch():
