@@ -388,7 +388,7 @@ METHODS = {
     "una-online-score": Method("fresh", una_online_score, 2e-3, 0.5),
     "rloo": Method("fresh", rloo, 1.2e-2, 1),
     "grpo": Method("fresh", grpo, 1.2e-2, 2),
-    "ppo": Method("fresh", ppo, 6e-3, 1, value_model=True),
+    "ppo": Method("fresh", ppo, 3e-3, 1, value_model=True),
 }
 
 
