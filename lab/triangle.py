@@ -166,7 +166,7 @@ def slope(g, reward, score):
 def draw_slopes(figure):
     left, right = figure.subplots(1, 2)
     for shift, logprobs, name, color in ((-0.2, REF, "$π_{ref}$", SKY), (0.2, BEST, "π*", BLUE)):
-        left.bar(np.arange(3) + shift, logprobs.exp(), 0.4, color=color, label=name)
+        left.bar(np.arange(3) + shift, logprobs.exp().numpy(), 0.4, color=color, label=name)
     left.set(title="The best policy tilts the reference", ylabel="probability",
              xticks=range(3), xticklabels=[f"$y_{i + 1}$: reward {r:.0f}"
                                            for i, r in enumerate(REWARDS)])
