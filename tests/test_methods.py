@@ -601,8 +601,8 @@ ALIKE = {f"una_score_loss {g}": partial(una_score_loss, g=g) for g in ("mse", "b
     "una_pair_loss": una_pair_loss, "dpo_loss": partial(dpo_loss, beta=0.3),
     "kto_loss": lambda a, b, c: kto_loss(a, b, c, torch.ones(3), torch.zeros(3), 0.3, 1.2, 0.8),
     "kto_loss kl": lambda a, b: kto_loss(*torch.ones(3, 5), a, b, 0.3),
-    "implicit_reward": partial(implicit_reward, beta=0.3)}
-LOSSES = [*ALIKE][:-2]
+    "implicit_reward": partial(implicit_reward, beta=0.3), "anchor_loss": anchor_loss}
+LOSSES = [*ALIKE][:-3]
 ARGUMENTS = {name: [argument for argument, is_ in inspect.signature(function).parameters.items()
                     if is_.default is is_.empty] for name, function in ALIKE.items()}
 
