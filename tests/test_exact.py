@@ -161,6 +161,16 @@ def test_eq18_at_the_optimum_alone_the_residual_is_constant_and_dots_lie_on_the_
     assert explicit != pytest.approx(implicit, abs=0.1)
 
 
+def test_eq16_neither_the_gain_nor_any_regret_knows_the_level_only_j_and_its_maximum_do(language):
+    flat, f = small().worlds["train"], torch.tensor([-1 / 3, 1 / 3, 1]).double()
+    raised = exact.World(small().reference, data.TRAIN_PROMPTS, 0.25, 1.0)       # wind, fire, night
+    assert close(raised.optimum - flat.optimum, f, 1e-6) and close(raised.gain, flat.gain, 1e-6)
+    policy = exact.policy_logprobs(moved(small().reference, 0.2), flat.prompts)
+    before, after = (exact.evaluate(world, policy) for world in (flat, raised))
+    for name in ("kl", "regret", "lost", "residual_variance"):
+        assert after[name] == pytest.approx(before[name], abs=1e-6), name
+
+
 def test_from_the_smallest_beta_to_the_largest_regret_is_a_number_and_the_gain_is_exact(language):
     # log E e^{r/b} = E r / b + Var r / 2 b^2 + ..., so J* - J(pi_ref) = Var r / 2 b + O(1 / b^2).
     # Without normalised probabilities float32's rounding would be more than the gain.

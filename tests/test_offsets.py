@@ -155,6 +155,7 @@ def test_offsets_are_reported_as_they_are_at_the_end():
     for name in ("una-score", "una-score-estimated", "una-score-learned"):
         entry = train.run_method(settings(), 0, name, prepared())
         assert entry["offsets"] == run(name)[1].tolist()
+    assert train.begin(train.METHODS["una-online"], settings(), 0, prepared())[3] is None
 
 
 # ---------------------------------------------------------------- the losses, written out
