@@ -20,6 +20,7 @@ GRIDS = {
 MOVES = 1
 VARIANTS = ("undivided", "undivided, k2")                        # of GRPO
 CURVES = {UNA: 11, PPO: 11}                                      # points of a learning curve
+FEWER = REPORTED_SEEDS[:5]                                       # of variants, for time
 
 # Fixed before any reported seed ran, with single runs on tuning seeds seen. Lost is a median over
 # the seeds where nothing else is said.
@@ -57,9 +58,6 @@ def reported(chosen):
                  (PPO, dict(stored=0.25, loss="weighted ppo")),
                  (RLOO, dict(stored=0.25, loss="weighted rloo"))]
     return runs, more + [knobs(key, chosen, collapsed=True, **of) for key, of in collapsed]
-
-
-FEWER = REPORTED_SEEDS[:5]                                       # for time
 
 
 def settle(lab):

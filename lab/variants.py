@@ -39,7 +39,7 @@ def ppo_weighted(policy, batch, beta):
 
 
 def grpo_undivided(k):
-    """train.grpo without the division by the spread of rewards, and with kk for the KL."""
+    """train.grpo without the division by the spread of rewards, k for the KL's estimate."""
     def loss(policy, batch, beta):
         logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
         advantages = una.grpo_advantages(batch.rewards, batch.per_prompt, divide=False)
@@ -160,16 +160,19 @@ def trained(its, settings, shared):
 def grpo_theory(its, world, n):
     """Where its cell of GRPO stands still, worked out and not trained: "train" in endless groups,
     "grouped" in groups of n. Without division a group's own mean takes 1/n off A, and no more."""
-    cell = dict(its.cell)
-    beta, undivided = cell["beta_multiple"] * world.beta, "loss" in cell
-    tilt = una.k3_optimal_policy
+    cell, told, tilt = dict(its.cell), {}, una.k3_optimal_policy
+    beta = cell["beta_multiple"] * world.beta
     if cell.get("loss") == "undivided, k2":
         def tilt(*of):
             return una.optimal_policy(*of)[0]
-    return {name: exact.evaluate(world, exact.by_token(
-        world, world.rewards * (1 - 1 / size if size else 1), beta, tilt) if undivided
-        else exact.by_group(world, beta, tilt, size)) for name, size in dict(
-            train=None, grouped=n).items()}
+    for name, size in (("train", None), ("grouped", n)):
+        if "loss" in cell:
+            rewards = world.rewards * (1 - 1 / size if size else 1)
+            logprobs = exact.by_token(world, rewards, beta, tilt)
+        else:
+            logprobs = exact.by_group(world, beta, tilt, size)
+        told[name] = exact.evaluate(world, logprobs)
+    return told
 
 
 def counting(loss):

@@ -391,6 +391,17 @@ def test_grpo_undivided_is_grpo_with_rewards_less_their_groups_mean(monkeypatch)
     assert not close(variants.LOSSES["undivided, k2"](model, batch, 0.25), ones, 1e-6)
 
 
+def test_grpos_theory_is_of_its_cell_and_an_own_mean_in_a_group_of_n_raises_beta_by_1_in_n():
+    def lost(beta_multiple, n, **loss):
+        cell = tuple(dict(beta_multiple=beta_multiple, **loss).items())
+        told = variants.grpo_theory(short("theory", cell=cell), world(), n)
+        return [told[name]["lost"] for name in ("train", "grouped")]
+    for loss in ("undivided", "undivided, k2"):
+        assert lost(1, 4, loss=loss)[1] == pytest.approx(lost(4 / 3, 4, loss=loss)[0], abs=1e-9)
+    assert len({round(share, 6) for loss in ({}, dict(loss="undivided"), dict(
+        loss="undivided, k2")) for share in lost(2, 4, **loss)}) == 6
+
+
 def test_a_collapsed_policy_says_one_sentence_about_a_wrong_noun():
     model = copy.deepcopy(shared().reference).requires_grad_(True)
     at = copy.copy(world())
