@@ -380,6 +380,24 @@ def test_what_is_made_of_stored_samples_beside_the_mean_residual_of_all():
     assert torch.equal(batch.old_logprobs[~old], own[~old]) and batch.advantages.abs().max() > 0
 
 
+def test_rloo_and_grpo_take_all_of_a_prompts_samples_for_a_group_and_grpo_divides():
+    model = policy()
+    batch = stored_batch(model, 0.0)
+    logprob = train.logprob(model, batch.tokens, batch.mask)
+    rewards = (batch.rewards - 0.25 * (logprob - batch.ref_logprob)).detach().view(3, 16)
+    others = (rewards.sum(1, keepdim=True) - rewards) / 15
+    expected = -(rewards - others).flatten() * logprob
+    assert close(train.rloo(model, batch, 0.25).double(), expected.double(), 1e-5)
+    tokens, ref = train.logprob(model, batch.tokens, batch.mask, train.una.token_logprobs), (
+        batch.ref_logprobs)
+    groups = batch.rewards.view(3, 16)
+    A = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    k3 = (ref - tokens).exp() - 1 - (ref - tokens)
+    length = batch.mask[:, 3:].sum(1)
+    expected = (0.25 * (k3 * batch.mask[:, 3:]).sum(1) - length * A.flatten()) / length
+    assert close(train.grpo(model, batch, 0.25).double(), expected.double(), 1e-5)
+
+
 def test_grpo_undivided_is_grpo_with_rewards_less_their_groups_mean(monkeypatch):
     model = policy()
     batch = stored_batch(model, 0.0)

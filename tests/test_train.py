@@ -482,3 +482,12 @@ def test_no_process_is_left_however_the_run_ends(way, status, told, tmp_path):
         _, rest = process.communicate(timeout=30)                # when nobody is left to write
     err = b"".join([*lines, rest]).decode()
     assert process.returncode == status and told in err and "int_handler" not in err
+
+
+def test_a_seed_draws_the_labels_and_winners_too(language, monkeypatch):
+    drawn, told = [], data.feedback_on
+    monkeypatch.setattr(data, "feedback_on", lambda x, y, mask, generator, level: (
+        drawn.append(generator.initial_seed()), told(x, y, mask, generator, level))[1])
+    for seed in (3, 4):
+        train.collect_feedback(small().settings, seed, small().reference)
+    assert drawn[-2:] == [3, 4]
