@@ -182,11 +182,19 @@ def rows_of(lost, chosen, **more):
             for key in lost for cell, shares in lost[key].items()]
 
 
-def settled(lab):
-    """{a Run without a cell: its best cell}, by the online.json in the Lab's folder."""
-    online = json.loads(Path(lab.folder, "online.json").read_text(encoding="utf-8"))
-    return {Run(**{name: row[name] for name in ("method", "offset", "level", "reward", "judged")}):
-            tuple(row["cell"].items()) for row in online["tuning"] if row["best"]}
+def tuning_of(lab, name):
+    """The tuning of a JSON file in the Lab's folder; what diverged lost infinitely much."""
+    text = Path(lab.folder, f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text.replace("null", "Infinity"))["tuning"]
+
+
+def best_cell(rows, key, **fixed):
+    """The best of a Run's cells, of the rows of a tuning, that have these knobs."""
+    wanted = dict(method=key.method, offset=key.offset, level=key.level, reward=key.reward,
+                  judged=key.judged) | fixed
+    rows = [row for row in rows if wanted.items() <= (row | row["cell"]).items()]
+    best = max(rows, key=lambda row: (len(row["lost"]), -mean(row["lost"])))
+    return tuple(best["cell"].items())
 
 
 def lost_of(lab):

@@ -219,10 +219,13 @@ def reward_model(its, settings, shared):
         return told
     by_model = as_rewarded(world, rewards, cell["beta_multiple"] * world.beta)
     best = una.optimal_policy(world.ref_logprobs, rewards, by_model.beta)[0]
+    judged = torch.zeros_like(world.rewards, dtype=torch.bool)
+    list(exact.noting([shared.feedback], world, judged))
     shared.worlds = dict(train=world, by_model=by_model)
     for name, logprobs in (("reference", world.ref_logprobs), ("optimum", best)):
         told[name] = {measure: exact.evaluate(of, logprobs)
                       for measure, of in shared.worlds.items()}
+    told["optimum"]["train"] |= exact.lost_parts(world, best, judged)
     return told | {online.method: trained(online, settings, shared) for online in its.look}
 
 
