@@ -77,13 +77,15 @@ def model_lost(lab, title, runs):
 
 def settle(lab):
     """What budget.json says. Of the other files' grids it reports cells that they did not: the
-    best at the task's beta, and the best that has f(x) + c at once."""
+    best at the task's beta, the best that has f(x) + c at once, and that of scores that learn it,
+    at level 1."""
     stored, online = (campaign.tuning_of(lab, name) for name in ("stored", "online"))
     lost, chosen = campaign.tune(GRIDS, MOVES, campaign.lost_of(lab))
     rows, best = campaign.rows_of(lost, chosen), campaign.best_cell
     told = [at(key, cell) for key, cell in chosen.items()]
     told += [at(its := ESTIMATED._replace(judged=size), best(rows, its, ramp=ramp))
              for size in (FEW, SOME) for ramp in (0, 0.5)]
+    told.append(at(SCORE_LEARNED, best(stored, SCORE_LEARNED._replace(level=0.0))))
     told += [at(its := key._replace(level=0.0), best(stored, its, **fixed)) for key, fixed in (
         (DPO, dict(beta_multiple=1)), (BCE._replace(offset="exact"), dict(ramp=0)),
         (ESTIMATED, dict(ramp=0)))]
