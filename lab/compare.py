@@ -26,9 +26,7 @@ def read(folder):
     written it: the methods on the judge's reward, at level 0.
 
     A run is called by its method and, unless METHODS has a name for both, by what it has for
-    f(x) + c: "una-score, from zero". The knobs of its cell are fields of it too. On a reward model
-    "ppo, train" is a run by the judge's measure, "ppo, by_model" the same run by the model's; and
-    so for "optimum", the model's own.
+    f(x) + c: "una-score, from zero". The knobs of its cell are fields of it too.
     """
     told = {}
     for name in ("stored", "online", "budget"):
@@ -38,14 +36,6 @@ def read(folder):
             for kind in ("tuning", "runs", "watched", "models", "theory"):
                 for entry in told[name].get(kind, ()):
                     entry |= entry.get("cell", {}) | dict(method=name_of(**entry))
-    for model in told.get("budget", {}).get("models", ()):
-        for which in ("optimum", "una-online", "ppo"):
-            for by in ("train", "by_model"):
-                run = dict(model, method=f"{which}, {by}", reward="model", **model[which])
-                if by in run:
-                    run["train"] = run[by]
-                    run["gained"] = run[by]["reward"] - model["reference"][by]["reward"]
-                told["budget"]["runs"].append(run)
     if {"stored", "online"} <= told.keys():
         told["main"] = told["stored"] | dict(runs=[
             run for name in METHODS for file in ("stored", "online")
@@ -69,7 +59,8 @@ def reported(file, name, level=0.0, reward="judge", judged=None, **fields):
     judged = judged or max([run["judged"] for run in file["runs"]])
     runs = pick(file["runs"], method=name, level=level, reward=reward, judged=judged, **fields)
     cells = [run["cell"] for run in runs]
-    best = [row["cell"] for row in pick(file["tuning"], method=name, reward=reward, best=True)]
+    best = [{knob: value for knob, value in row["cell"].items() if knob != "steps"}
+            for row in pick(file["tuning"], method=name, judged=judged, best=True)]
     cell = next((cell for cell in cells if cell in best), cells[0] if cells else None)
     return [run for run in runs if run["cell"] == cell]
 
@@ -162,36 +153,10 @@ def bad(shares):
 
 
 def cell_text(cell):
-    words = dict(beta_multiple="β × ", anchor="α ", ramp="path ")
+    words = dict(beta_multiple="β × ", anchor="α ", ramp="path ", steps="steps ")
     return ", ".join(words.get(knob, "") + f"{value:g}" for knob, value in cell.items())
 
 
 def code(name, *more):
     method, *offset = name.split(", ")
     return ", ".join([f"`{method}`", *offset, *more])
-
-
-def needed(points, goal, weight=1):
-    """A cell: judged responses until the median has gained that share, both on a log scale; and in
-    parentheses the judgements, where they are fewer."""
-    value = math.exp(crossing([(math.log(x), median(values)) for x, values in points], goal))
-    if value == math.inf:
-        return f"> {points[-1][0]:,}"
-    least = "" if value else "≤ "                                # from the first point on
-    text = two_digits(value) if value else f"≤ {points[0][0]:,}"
-    return text + f" ({least}{two_digits(weight * (value or points[0][0]))})" * (weight < 1)
-
-
-def two_digits(value):
-    return f"{float(f'{value:.2g}'):,.0f}"
-
-
-def predicted(file, **found):
-    """found: what was found of each prediction, and whether it holds."""
-    return [["expected", "found", ""], *(
-        [text, found[key][0], {True: "holds", False: "does not hold", None: "–"}[found[key][1]]]
-        for key, text in file["predictions"].items())]
-
-
-def at_most(ours, times, theirs, words="against"):
-    return f"{percent(ours)} {words} {percent(theirs)}", ours <= times * theirs

@@ -108,7 +108,6 @@ PICTURES = ("frontier.png", "regret-over-time.png", "implicit-against-explicit.p
 # Okabe and Ito's, which the color-blind can tell apart; methods beyond have other markers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LOOKS = [dict(color=color, marker=marker) for color, marker in zip(COLORS * 5, "os^Dv" * 7)]
-GOALS = (0.5, 0.9, 0.99)                                         # shares of the possible gain
 
 
 def picture(folder, name, draw, *shown, **words):
@@ -277,51 +276,22 @@ def draw_masses(figure, watched):
     figure.legend(*grid[0].get_legend_handles_labels(), fontsize=8, loc="outside right")
 
 
-def draw_budget(learning, pairs, lines, gains, folder):
-    """Of budget.json: see lab/tables.py."""
-    picture(folder, "judgements.png", draw_judgements, learning, figsize=(8.5, 5))
-    picture(folder, "reward-model.png", draw_models, pairs, lines, gains, figsize=(8.5, 4))
-
-
-def medians(axes, x, lost, look, name, dash="-"):
-    """In percent; and the range of the seeds as a bar, where there are few."""
-    lost = [100 * np.array(values) for values in lost]
-    axes.plot(x, [np.median(values) for values in lost], dash, **look, label=name)
-    if len(lost) == 3:
-        axes.vlines(x, *([of(values) for values in lost] for of in (min, max)),
-                    color=look["color"], linewidth=0.8)
-
-
 def draw_judgements(figure, learning):
+    """What was lost against judged responses: medians, and the range of seeds where few sizes are.
+    learning: {name: [(responses, what each seed lost)]}."""
     axes = figure.subplots()
     for i, (name, points) in enumerate(learning.items()):
-        free = name.endswith(("estimated", "fresh"))
-        dash = "--" if "from zero" in name else "-" if free else ":"
-        judged, lost = zip(*points)
-        medians(axes, np.array(judged) * 1.03 ** (i - 4), lost, LOOKS[i], name, dash)
-    for goal in (0, *GOALS):
-        axes.axhline(100 - 100 * goal, color="grey" if goal else "black", linewidth=0.7, zorder=0)
-        axes.text(1.01, 100 - 100 * goal, f"{100 * goal:.0f} % gained" if goal else "the reference",
-                  transform=axes.get_yaxis_transform(), fontsize=7, va="center")
+        judged, lost = np.array([judged for judged, _ in points]) * 1.03 ** (i - 4), [
+            100 * np.array(lost) for _, lost in points]
+        right = name.endswith(("estimated", "once", "learned", "fresh"))
+        axes.plot(judged, [np.median(values) for values in lost], "-" if right else ":",
+                  **LOOKS[i], label=name)
+        if len(lost) <= 3:
+            axes.vlines(judged, *([of(values) for values in lost] for of in (min, max)),
+                        color=LOOKS[i]["color"], linewidth=0.8)
+    axes.axhline(100, color="black", linewidth=0.7, zorder=0)
     label(axes, "What is lost from few judgements and from many, at level 1\n(f(x) + c: dotted 0 "
-                "or cancelled, solid estimated or free, dashed learned from 0)",
+                "or cancelled, solid estimated, learned or free; line: the reference)",
           xscale="log", yscale="log", xlabel="judged responses", ylim=(0.02, 2000),
           ylabel="lost: percent of the possible gain")
     figure.legend(fontsize=8, loc="outside right")
-
-
-def draw_models(figure, pairs, lines, gains):
-    """Lost by the judge, against pairs; and reward gained by the model and by the judge."""
-    left, right = figure.subplots(1, 2)
-    for i, (name, lost) in enumerate(lines.items()):
-        medians(left, np.array(pairs) * 1.04 ** (i - 1.5), lost, LOOKS[i], name)
-    label(left, "The detour over a reward model", xscale="log", yscale="log", ylim=(1, None),
-          xlabel="judged pairs", ylabel="lost by the judge: percent of the possible gain")
-    left.legend(fontsize=7, loc="lower left")
-    for number, look, (by_model, by_judge) in zip(pairs, LOOKS, gains):
-        right.scatter(by_judge, by_model, s=22, **look, label=f"{number:,} pairs")
-    ends = right.get_xlim()
-    right.plot(ends, ends, color="black", linewidth=0.8, zorder=0)
-    label(right, "Its optimum: above the line, it is exploited",
-          xlabel="reward gained, by the judge", ylabel="reward gained, by the model")
-    right.legend(fontsize=8)

@@ -11,25 +11,21 @@ from lab import figures
 from lab.compare import (
     METHODS,
     VERDICTS,
-    at_most,
     bad,
     cell_text,
     code,
     correlation,
     less,
     lost,
-    needed,
     number,
     percent,
     pick,
-    predicted,
     ranged,
     read,
     reported,
     seconds,
     shares,
     sooner,
-    span,
 )
 from lab.run import save
 
@@ -40,12 +36,6 @@ PAPER = {"una-binary-mse": "28.88 / 63.12", "una-binary-bce": "28.93 / 63.06",
 ONLINE = ("una-online", "ppo")
 FRESH = tuple(name for name in METHODS if train.METHODS[name].feedback == "fresh")
 STORED = tuple(name for name in METHODS if name not in FRESH)
-# How many judgements a response needs: a pair is one of two. A third of una-mixed's are in pairs.
-JUDGEMENTS = {"dpo": 1 / 2, "kto": 1, "una-binary-bce": 1, "una-binary-bce, from zero": 1,
-              "una-score": 1, "una-score-estimated": 1, "una-score, from zero": 1,
-              "una-mixed": 5 / 6}
-ANEW = "76,800 labels and scores are to be tuned anew at level 1", None
-EXPLOITED = ("no: the judge sees more", "yes", "no difference shown")
 BROKEN = ("no word", "wrong word", "no end")                     # kinds of strings
 
 
@@ -100,59 +90,15 @@ def stored_tables(stored):
         rows.append([words, *(shares(lost(of)) for of in both),
                      " · ".join(number(median(of), ".2g") for of in errors if of) or "–"])
     made["stored_grids"] = grids(stored)
-    made["stored_predictions"] = stored_predictions(stored, runs)
     return made
-
-
-def stored_predictions(stored, runs):
-    def of(name, *what, **fields):
-        return median(lost(runs(name, *what, **fields)))
-
-    def judged(name):
-        return median([run["train"]["judged"] / run["train"]["lost"] for run in runs(name)])
-
-    biased = [judged(name) for name in ("una-score", "una-binary-mse", "una-binary-bce", "kto")]
-    leaking = [1 - judged(name) for name in ("dpo", "una-pair-anchored", "una-score-estimated",
-                                             "una-score-learned")]
-    anchored, dpo = lost(runs("una-pair-anchored")), of("dpo")
-    above = [name for name in STORED if max(lost(runs(name))) > 1]
-    steps, at_once = (lost(runs("una-score-estimated", ramp=ramp)) for ramp in (0.5, 0))
-    fewer = sum(a < b for a, b in zip(steps, at_once))
-    path, leap = (of("una-binary-bce, exact", ramp=ramp) for ramp in (0.5, 0))
-    begun = [(of(name), of(f"{method}, from zero")) for name, method in (
-        ("una-binary-learned", "una-binary-bce"), ("una-score-learned", "una-score"))]
-    cured, *others = (of(name) for name in ("una-mixed-estimated", "una-pair-anchored",
-                                            "una-binary-learned"))
-    levels = [(of(name, 1.0), of(name)) for name in ("una-score-estimated", "una-binary-learned")]
-    every = [run for name in STORED for run in runs(name) if "diverged" not in run]
-    rank = correlation([run["mean_rho"] for run in every],
-                       [run["train"]["unjudged"] for run in every])
-    held, train = (median([broken(run, split) for run in runs("dpo")])
-                   for split in ("heldout", "train"))
-    both = " and ".join
-    return predicted(
-        stored, bias=(", ".join(percent(share, ".2g") for share in biased), min(biased) >= 0.75),
-        leak=(", ".join(percent(share, ".2g") for share in leaking), min(leaking) >= 0.5),
-        anchor=(f"{percent(median(anchored))} against {percent(dpo)}, at most "
-                f"{percent(max(anchored))}", median(anchored) <= dpo / 2 and max(anchored) <= 0.5),
-        above=(", ".join(map(code, above)) or "none", {*above} == {"dpo", "una-pair"}),
-        path=(f"on {fewer} of {len(steps)}", fewer >= 6), labels=at_most(path, 0.5, leap),
-        begin=(both(f"{percent(a)} against {percent(b)}" for a, b in begun),
-               all(a < b for a, b in begun)),
-        mixed=(f"{percent(cured)} against {both(map(percent, others))}", cured < min(others)),
-        levels=(both(f"{percent(a)} of {percent(b)}" for a, b in levels),
-                all(a <= 2 * b for a, b in levels)),
-        warning=(number(rank, ".2f"), rank <= -0.7),
-        heldout=at_most(held, math.inf, train)[:1] + (held >= train / 2,))
 
 
 def grids(file):
     rows = [["grid", "best cell: learning rate, …", "tuning seeds: lost", "their mean", "cells"]]
-    for name, level, reward in dict.fromkeys((row["method"], row["level"], row["reward"])
-                                             for row in file["tuning"]):
-        grid = pick(file["tuning"], method=name, level=level, reward=reward)
+    for name, judged in dict.fromkeys((row["method"], row["judged"]) for row in file["tuning"]):
+        grid = pick(file["tuning"], method=name, judged=judged)
         (best,) = pick(grid, best=True)
-        more = ["level 1"] * (level == 1) + ["reward model"] * (reward == "model")
+        more = [f"from {judged:,}"] * ("models" in file)
         rows.append([code(name, *more), cell_text(best["cell"]), shares(best["lost"]),
                      percent(sum(best["lost"]) / len(best["lost"])), f"{len(grid)}"])
     return rows
@@ -250,122 +196,83 @@ def online_tables(online):
     samples += [[words, *(shares(lost(varied(online["runs"], name, **knobs, **more)))
                           for more in ({}, dict(collapsed=True)))]
                 for words, name, knobs in SAMPLES]
-    return dict(online=rows, online_grids=grids(online), grpo=grpo, samples=samples,
-                online_predictions=online_predictions(online))
-
-
-def online_predictions(online):
-    def of(name, **knobs):
-        return lost(varied(online["runs"], name, **knobs))
-
-    una, stored, ppo, rloo, score = (of(name) for name in (
-        "una-online", "una-online-stored", "ppo", "rloo", "una-online-score"))
-    signs = [span([a - b for a, b in zip(*two)], ("one sign", "one sign", "both signs"))[1]
-             for two in ((una, rloo), (una, ppo), (rloo, ppo))]
-    more = [a > b for a, b in zip(score, ppo)]
-    grpo = [tuple(median(lost(varied(online[part], "grpo", **knobs)))
-                  for part in ("runs", "theory")) for _, knobs in GRPO]
-    shared = [median(values) for values in (
-        of("una-online-stored", stored=0.125), stored, of("una-online-stored", stored=0.5))]
-    una_back, stored_back, weighted = (of(name, collapsed=True, **knobs) for name, knobs in (
-        ("una-online", {}), ("una-online-stored", {}),
-        ("rloo", dict(stored=0.25, loss="weighted rloo"))))
-    worse = sum(a > b for a, b in zip(weighted, stored_back))
-    times = [median(seconds(varied(online["runs"], name))) for name in ONLINE]
-    listed = ", ".join
-    return predicted(
-        online, alike=(listed(signs), {*signs} == {"both signs"}),
-        steady=(f"at most {percent(max(stored))}", max(stored) <= 0.02),
-        grpo=(listed(f"{percent(a)} for {percent(b)}" for a, b in grpo),
-              all(abs(a - b) <= max(b / 3, 0.01) for a, b in grpo)),
-        score=(f"on {sum(more)} of {len(more)}", all(more)),
-        share=(listed(map(percent, shared)), max(shared) <= 0.01),
-        collapsed=(f"{percent(median(una_back))} and {percent(median(stored_back))}",
-                   median(una_back) > 0.5 and median(stored_back) <= 0.02),
-        weights=(f"on {worse} of {len(weighted)}", worse == len(weighted)),
-        sooner=(f"{number(times[0])} s against {number(times[1])} s", times[0] <= 0.75 * times[1]))
+    return dict(online=rows, online_grids=grids(online), grpo=grpo, samples=samples)
 
 
 # ---------------------------------------------------------------- budget.json
-def sizes_of(told):
-    return sorted({model["judged"] for model in told["budget"]["models"]})
+SIZES = (1200, 9600, 76_800)                                     # judged responses
+BUDGET = (("pairs: `dpo`", "dpo", {}),
+         ("… with an anchor: `una-pair-anchored`", "una-pair-anchored", {}),
+         ("labels: f(x) + c = 0, `una-binary-bce`", "una-binary-bce", {}),
+         ("… learned: `una-binary-learned`", "una-binary-learned", {}),
+         ("scores: 0, `una-score`", "una-score", {}),
+         ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
+         ("… estimated, by the path: `una-score-estimated`", "una-score-estimated",
+          dict(ramp=0.5)),
+         ("… learned: `una-score-learned`", "una-score-learned", {}))
+OTHER_CELLS = (("`dpo` at the task's β", "dpo", dict(beta_multiple=1)),
+               ("labels with the exact β log Z(x), at once", "una-binary-bce, exact",
+                dict(ramp=0)),
+               ("scores with the estimate, at once", "una-score-estimated", dict(ramp=0)))
 
 
-def at_sizes(told, name, reward="judge"):
-    """Runs for each size: budget.json's at level 1; of dpo stored.json's too, at level 0, since
-    pairs do not see it."""
-    return [reported(told["budget"], name, 1.0, reward, size)
-            or (reported(told["stored"], name, judged=size) if name == "dpo" else [])
-            for size in sizes_of(told)]
+def at_size(told, name, size, **fields):
+    """Runs at level 1: budget.json's or else stored.json's. Pairs do not see levels."""
+    return (reported(told["budget"], name, 1.0, judged=size, **fields)
+            or reported(told["stored"], name, 1.0, judged=size, **fields)
+            or reported(told["stored"], name, judged=size, **fields) * ("pair" in name
+                                                                       or name == "dpo"))
+
+
+def lost_and_parts(runs):
+    """Two cells: what was lost, and the medians of its two parts."""
+    both = " + ".join(percent(median(parts(runs, part)), ".2g")
+                      for part in ("judged", "unjudged")) if runs else "–"
+    return [shares(lost(runs)), both]
+
+
+def budget_tables(told):
+    rows = [["lost", *(words for size in SIZES for words in (
+        f"from {size:,}", "= judged + unjudged"))]]
+    for words, name, fields in BUDGET:
+        rows.append([words, *(cell for size in SIZES for cell in lost_and_parts(
+            at_size(told, name, size, **fields)))])
+    cells = [["in their own best cell", "cell", "lost", "judged + unjudged"]]
+    for words, name, fields in OTHER_CELLS:
+        runs = reported(told["budget"], name, **fields)
+        cells.append([words, cell_text(runs[0]["cell"]), *lost_and_parts(runs)])
+    models = [["pairs", "orders pairs as the judge", "its optimum: lost by the judge",
+               "= judged + unjudged", "reward gained, by the model", "by the judge",
+               *(f"`{name}`, lost by the {whom}" for name in ONLINE for whom in ("model", "judge")),
+               "`dpo` on the same pairs"]]
+    for size in SIZES:
+        made = pick(told["budget"]["models"], judged=size)
+        optimum, measures = [it["optimum"] for it in made], ("by_model", "train")
+        models.append([
+            f"{size // 2:,}, β × {made[0]['beta_multiple']:g}",
+            shares([it["ppo"]["reward_model"]["accuracy"] for it in made if "train" in it["ppo"]]),
+            *lost_and_parts(optimum),
+            *(ranged([it["optimum"][by]["reward"] - it["reference"][by]["reward"] for it in made])
+              for by in measures),
+            *(shares([it[name].get(by, {}).get("lost", math.inf) for it in made])
+              for name in ONLINE for by in measures),
+            shares(lost(at_size(told, "dpo", size)))])
+    return dict(sizes=rows, other_cells=cells, models=models, budget_grids=grids(told["budget"]))
 
 
 def learning(told):
     """{line: [(judged responses, what each seed lost)]}, of online methods on their way."""
-    found = {name: [(size, lost(runs)) for size, runs in zip(sizes_of(told), at_sizes(told, name))
-                    if runs] for name in JUDGEMENTS}
+    found = {name + " at once" * (fields == dict(ramp=0)): [
+        (size, lost(runs)) for size in SIZES if (runs := at_size(told, name, size, **fields))]
+        for _, name, fields in BUDGET}
     for name in ONLINE:
-        runs = pick(told["budget"]["runs"], method=name)
-        curves = [run["curve"] for run in runs if "diverged" not in run]
+        runs = reported(told["online"], name)
+        curves = zip(*(run["curve"] for run in runs if "diverged" not in run))
         found[f"{name}, fresh"] = [
             (points[0]["step"] * runs[0]["judged"] // runs[0]["steps"],
-             [point["regret"] / curve[0]["regret"] for point, curve in zip(points, curves)]
-             + [math.inf] * (len(runs) - len(curves))) for points in [*zip(*curves)][1:]]
+             [point["regret"] / run["curve"][0]["regret"] for point, run in zip(points, runs)])
+            for points in [*curves][1:]]
     return found
-
-
-def budget_tables(told):
-    def listed(values):
-        return ", ".join(percent(share, ".2g") for share in values)
-
-    def below(ours, theirs):
-        return all(a < b for a, b in zip(ours, theirs))
-
-    made, sizes = {}, sizes_of(told)
-    stored = {name: at_sizes(told, name) for name in JUDGEMENTS}
-    rows = made["sizes"] = [["lost", *(f"{size:,}" for size in sizes), *(
-        f"to {100 * goal:.0f} % of the gain" for goal in figures.GOALS)]]
-    for name, points in learning(told).items():
-        rows.append([code(name), *(shares(dict(points).get(size, ())) for size in sizes), *(
-            needed(points, goal, JUDGEMENTS.get(name, 1)) for goal in figures.GOALS)])
-    on = {name: at_sizes(told, name, "model") for name in (
-        f"{which}, {by}" for which in ("optimum", *ONLINE) for by in ("by_model", "train"))}
-    rows = made["models"] = [[
-        "pairs", "orders pairs as the judge", "optimum of the model, β × 1", "tuned β",
-        *(f"`{name}`, by {whom}" for name in ONLINE for whom in ("the model", "the judge")),
-        "`dpo` on the same pairs"]]
-    for i, size in enumerate(sizes):
-        rows.append([f"{size // 2:,}", *map(shares, (
-            [run["reward_model"]["accuracy"] for run in on["ppo, train"][i] if "train" in run],
-            [dict(run["optima"])[1.0] for run in on["optimum, train"][i]],
-            *(lost(runs[i]) for name, runs in on.items() if name != "optimum, by_model"),
-            lost(stored["dpo"][i])))])
-    rows = made["exploitation"] = [["reward gained", "by the model", "by the judge", "difference",
-                                    "exploited"]]
-    for i, size in enumerate(sizes):
-        for which, words in (("optimum", "the model's optimum"), *zip(ONLINE, map(code, ONLINE))):
-            model, judge = ([run.get("gained", math.nan) for run in on[f"{which}, {by}"][i]]
-                            for by in ("by_model", "train"))
-            more = [a - b for a, b in zip(model, judge)]
-            rows.append([f"{size // 2:,} pairs, {words}", ranged(model), ranged(judge),
-                         number(median(more), "+.2g"), span(more, EXPLOITED)[1]])
-
-    ended = {name: [median(lost(runs)) for runs in of if runs]
-             for name, of in (stored | on).items()}
-    estimated, learned = ended["una-score-estimated"], ended["una-score, from zero"]
-    dpo, optimum = ended["dpo"], ended["optimum, train"]
-    online = ended["una-online, by_model"] + ended["ppo, by_model"]
-    beta = stored["dpo"][0][0]["beta_multiple"]
-    more = [a["gained"] - b["gained"] for a, b in zip(on["optimum, by_model"][0],
-                                                      on["optimum, train"][0])]
-    made["budget_predictions"] = predicted(
-        told["budget"], few_scores=at_most(estimated[0], 1, dpo[-1]),
-        zero=ANEW, binary=ANEW,
-        learned=(f"{listed(learned)} against {listed(estimated)}", below(learned, estimated)),
-        pairs=(f"{beta:g} times the task's", beta > 1),
-        detour=(f"{listed(optimum)} against {listed(dpo)}", below(optimum, dpo)),
-        optimiser=(listed(online), max(online) <= 0.01),
-        exploitation=(f"{number(min(more), '+.2g')} to {number(max(more), '+.2g')}", min(more) > 0))
-    return made
 
 
 # ---------------------------------------------------------------- the page
@@ -401,12 +308,6 @@ def fill(folder):
     save(path, lambda partial: Path(partial).write_text(page, encoding="utf-8"))
     if "main" in told:
         figures.draw_claims(told["main"], told["stored"]["watched"], folder)
-    if {"stored", "budget"} <= told.keys():
-        lines = {"dpo, the same pairs": at_sizes(told, "dpo")} | {
-            words: at_sizes(told, f"{which}, train", "model") for which, words in (
-                ("optimum", "the model's optimum"), *((n, f"{n} on the model") for n in ONLINE))}
-        gains = [[[run["gained"] for run in runs] for runs in at_sizes(told, name, "model")]
-                 for name in ("optimum, by_model", "optimum, train")]
-        figures.draw_budget(
-            learning(told), [size // 2 for size in sizes_of(told)],
-            {words: [*map(lost, runs)] for words, runs in lines.items()}, [*zip(*gains)], folder)
+    if {"stored", "online", "budget"} <= told.keys():
+        figures.picture(folder, "judgements.png", figures.draw_judgements, learning(told),
+                        figsize=(8.5, 5))

@@ -177,12 +177,12 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path, monkeypa
     assert [(its["method"], its["level"]) for its in written] == [its[0:3:2] for its in RUNS]
 
 
-def test_without_a_whole_online_json_there_is_one_line_and_status_2_at_once(
+def test_without_a_whole_stored_json_there_is_one_line_and_status_2_at_once(
         tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(campaign, "results", None)               # nothing is run before
     for content in (None, "{"):
         if content:
-            (tmp_path / "online.json").write_text(content, encoding="utf-8")
+            (tmp_path / "stored.json").write_text(content, encoding="utf-8")
         with pytest.raises(SystemExit) as stop:
             command.main(["budget", "--out", str(tmp_path), "--jobs", "1"])
         (line,) = capsys.readouterr().err.splitlines()
@@ -260,7 +260,8 @@ FILES = {name: json.loads((campaign.ROOT / "lab" / f"{name}.json").read_text(enc
 
 
 def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
-    for grids, size in ((stored.GRIDS, {6}), (online.GRIDS, {3, 4, 6}), (budget.MODEL_GRIDS, {27})):
+    for grids, size in ((stored.GRIDS, {6}), (online.GRIDS, {3, 4, 6}), (budget.GRIDS, {2, 3, 4}),
+                        (budget.MODEL_GRIDS, {3})):
         assert {len({*campaign.cells_of(grid)}) for grid in grids.values()} == size
     assert {(key.judged, key.level) for key in budget.GRIDS | budget.MODEL_GRIDS} == {
         (size, 1.0) for size in (1200, 9600, 76_800)}
@@ -587,6 +588,12 @@ def test_a_run_on_a_reward_model_is_measured_by_the_model_and_by_the_judge():
             assert told[name][measure]["lost"] == pytest.approx(
                 share_lost(rewards, beta, logprobs), abs=1e-9)
     assert told["optimum"]["by_model"]["lost"] == pytest.approx(0, abs=1e-9)
+    seen, (responses, _) = {*map(tuple, on.feedback.tokens.tolist())}, exact.all_responses(
+        data.ENCODING.n_vocab, 2, data.EOT)
+    judged = torch.tensor([[(*x, *y) in seen for y in responses.tolist()]
+                           for x in world().prompts.tolist()])
+    parts = exact.lost_parts(world(), optimum(listed, 0.5), judged)  # judged: the pairs' responses
+    assert parts.items() <= told["optimum"]["train"].items() and 0 < judged.sum() < judged.numel()
     assert told["una-online"]["method_beta"] == 0.5 and "heldout" not in told["una-online"]
     assert {"by_model", "reward_model", "curve"} <= {*told["ppo"]}
     third = variants.part_of(world(), slice(0, 1))               # each third of three prompts

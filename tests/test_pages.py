@@ -96,16 +96,11 @@ def test_a_verdict_needs_all_seeds_to_agree_in_sign():
     assert compare.sooner([1.0, 2.0], [2.0, math.inf])[0].endswith("2 and 1 of 2 seeds arrive")
 
 
-def test_numbers_ranges_and_what_is_needed():
+def test_numbers_ranges_and_when_a_share_of_the_gain_is_there():
     assert [compare.number(value) for value in (12.345, 1234.5, -0.5, math.nan, math.inf)] == [
         "12.3", "1234", "−0.5", "–", "∞"]
     assert compare.ranged([99.7, 5.0, 100.4]) == "100 (5 to 100)"
     assert compare.bad([0.5, 1.0, 1.5, math.inf]) == "2 of 4"
-    points = [(1200, [0.6, 0.8, 0.7]), (9600, [0.2, 0.9, 0.2]), (76_800, [0.02, 0.01, 0.03])]
-    half = 1200 * 8 ** (math.log(0.7 / 0.5) / math.log(0.7 / 0.2))
-    assert compare.needed(points, 0.5) == "2,100" and round(half, -2) == 2100
-    assert compare.needed(points, 0.99, 1 / 2) == "> 76,800"
-    assert compare.needed(points, 0.2, 5 / 6) == "≤ 1,200 (≤ 1,000)"
     curve = [dict(seconds=0.0, regret=2.0), dict(seconds=2.0, regret=0.02)]
     assert compare.seconds([run(curve=curve)], 0.9) == [pytest.approx(1.0)]
     assert compare.correlation([1, 2, 9], [5.0, 6.0, 7.0]) == pytest.approx(1)
@@ -140,9 +135,10 @@ def test_a_sample_of_the_tables_cells_is_computed_anew():
             percent(lost("stored", "una-binary-bce", "exact", ramp=ramp)), "–"]
     assert table["paths"]["scores: 0, `una-score`"][1] == percent(
         lost("stored", "una-score", level=1.0))
-    assert table["sizes"]["`una-score`, from zero"][0] == percent(
-        lost("budget", "una-score", "from zero", 1.0, 1200))
-    assert table["models"]["600"][2] == percent([
+    assert table["sizes"]["… learned: `una-score-learned`"][0] == percent(
+        lost("budget", "una-score", "learned", 1.0, 1200))
+    (models,) = (line for line in cells(TABLES["models"]) if line[0].startswith("600,"))
+    assert models[2] == percent([
         it["optimum"]["train"]["lost"] for it in RAW["budget"]["models"] if it["judged"] == 1200])
     tuned = [row for row in RAW["stored"]["tuning"] if row["method"] == "una-score"
              and row["offset"] == "zero"]
@@ -159,8 +155,7 @@ def test_the_pages_tables_are_what_fill_writes():
     assert tables.filled(LAB, dict(TABLES, masses="| a |")) != LAB
     assert tables.filled(LAB, {}) == LAB and tables.tables({}) == {}
     for name, plan in dict(stored=stored, online=online, budget=budget).items():
-        assert [line[0] for line in cells(TABLES[f"{name}_predictions"])[2:]] == [
-            *plan.PREDICTIONS.values()]
+        assert RAW[name]["predictions"] == plan.PREDICTIONS
 
 
 def test_every_number_with_a_range_in_the_prose_is_a_cell():
