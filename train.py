@@ -118,39 +118,27 @@ def with_mismatched_pairs(feedback, reference):
                            other_ref_logprob=logprob_in_chunks(reference, tokens, mask))
 
 
-def by_prompt(method, feedback, number):
-    """number(scores) of each prompt's own that a Method has, (X,); 0 for a prompt that has none.
-    Labels are scores of 0 and 1. Of mixed feedback the last third has scores."""
-    scores = feedback.labels if method.feedback == "binary" else feedback.scores
-    first = data.thirds(len(scores))[1] if method.feedback == "mixed" else 0
-    offsets = scores.new_zeros(len(data.TRAIN_PROMPTS))
-    for x in range(len(offsets)):
-        own = scores[first:][feedback.prompt[first:] == x]
-        if len(own):
-            offsets[x] = number(own)
-    return offsets
-
-
 # At pi_ref every implicit reward of a prompt is f(x) + c. Where that is the logit of the prompt's
 # mean score, the residuals s - sigma(f + c) add up to 0: no response is pushed but against others.
 # A few labels may all be 1, whose logit is infinite: their mean is kept within 1e-4 of it.
-def balanced_offsets(method, feedback):
-    """f(x) + c of each prompt, (X,), at which pi_ref's scores are right on average."""
-    return by_prompt(method, feedback, lambda scores: scores.mean().logit(1e-4))
+def start_offsets(method, feedback, beta=None):
+    """f(x) + c of each prompt, (X,), in units of reward: by a Method's rule, where training begins.
 
-
-def start_offsets(method, feedback, beta):
-    """f(x) + c of each prompt, (X,), in units of reward, that a Method has.
-
-    Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Learned: it
-    begins balanced.
+    Estimated: by Eq. 4 from the prompt's own scored responses, which are pi_ref's. Balanced: as
+    above. Learned: it begins balanced. Labels are scores of 0 and 1; of mixed feedback the last
+    third has scores. A prompt without any has 0.
     """
-    if method.offset == "estimated":
-        return by_prompt(method, feedback,
-                         lambda scores: una.estimated_offset(scores.logit(), beta))
-    if method.offset == "learned":
-        return balanced_offsets(method, feedback).requires_grad_()
-    return torch.zeros(len(data.TRAIN_PROMPTS), device=feedback.scores.device)
+    scores = feedback.labels if method.feedback == "binary" else feedback.scores
+    first = data.thirds(len(scores))[1] if method.feedback == "mixed" else 0
+    offsets = scores.new_zeros(len(data.TRAIN_PROMPTS))
+    if method.offset == "zero":
+        return offsets
+    for x in range(len(offsets)):
+        own = scores[first:][feedback.prompt[first:] == x]
+        if len(own):
+            offsets[x] = (una.estimated_offset(own.logit(), beta) if method.offset == "estimated"
+                          else own.mean().logit(1e-4))
+    return offsets.requires_grad_(method.offset == "learned")
 
 
 def mean_rho(policy, feedback):
@@ -199,7 +187,7 @@ def stored_batches(method, shared, size, seed, offsets, ramp=0):
     feedback, now = shared.feedback, offsets
     if method.mismatched:
         feedback = with_mismatched_pairs(feedback, shared.reference)
-    start = balanced_offsets(method, feedback) if ramp else None
+    start = start_offsets(method._replace(offset="balanced"), feedback)
     for step, batch in enumerate(data.stored_batches(method.feedback, feedback, size, seed)):
         if ramp:
             now = start.lerp(offsets, min(1.0, step / ramp))

@@ -106,7 +106,7 @@ def test_eq04_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
 def test_where_an_offset_is_balanced_the_loss_moves_no_prompts_responses_all_alike(name):
     # dL/drho of the squared loss is 2 beta (s - s_phi) s (1 - s), of bce beta (s - label).
     method, batch = train.METHODS[name], everything()
-    balanced = train.balanced_offsets(method, batch)
+    balanced = train.start_offsets(method._replace(offset="balanced"), batch)
     assert balanced.tolist() == pytest.approx(balances(batch, name), abs=1e-4)
     for offsets, still in ((balanced, True), (balanced + 0.5, False)):
         rho = torch.zeros(46).double().requires_grad_()
@@ -122,7 +122,7 @@ def test_offsets_are_numbers_however_few_the_scores_of_a_prompt():
     batch = data.take(prepared().feedback, torch.arange(6))      # two a prompt, in thirds
     batch.labels = torch.tensor([1.0, 1, 0, 0, 1, 0])
     binary, mixed = (train.METHODS[name] for name in ("una-binary-learned", "una-mixed-estimated"))
-    assert train.balanced_offsets(binary, batch).tolist() == pytest.approx(
+    assert train.start_offsets(binary, batch).tolist() == pytest.approx(
         [logit(0.9999), logit(0.0001), 0.0], abs=1e-2)
     estimate = train.start_offsets(mixed, batch, 0.25).tolist()  # of the last two alone
     assert estimate[:2] == [0, 0] and estimate[2] == pytest.approx(
