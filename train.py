@@ -184,13 +184,12 @@ def model_reward(reward_model, tokens, mask):
 def stored_batches(method, shared, size, seed, offsets, ramp=0):
     """What a Method learns from for ever, if its feedback is stored; offsets (X,) of the prompts.
     Over the first `ramp` batches f(x) + c moves there, from where it is balanced."""
-    feedback, now = shared.feedback, offsets
+    feedback = shared.feedback
     if method.mismatched:
         feedback = with_mismatched_pairs(feedback, shared.reference)
     start = start_offsets(method._replace(offset="balanced"), feedback)
     for step, batch in enumerate(data.stored_batches(method.feedback, feedback, size, seed)):
-        if ramp:
-            now = start.lerp(offsets, min(1.0, step / ramp))
+        now = start.lerp(offsets, min(1.0, step / ramp)) if ramp else offsets
         batch.offset, batch.anchor = now[batch.prompt], method.anchor
         yield batch
 
@@ -465,43 +464,39 @@ def run_method(settings, seed, name, shared):
 
     A run that leaves the numbers says why in "diverged" and has no figures.
     """
-    method, world = METHODS[name], shared.worlds["train"]
+    method, world, heldout = METHODS[name], shared.worlds["train"], shared.worlds["heldout"]
     fresh, beta = method.feedback == "fresh", method.beta_multiple * settings.beta
     policy, batches, value, offsets = begin(method, settings, seed, shared)
     entry = dict(method=name, seed=seed, beta=settings.beta, method_beta=beta,
                  learning_rate=method.learning_rate)
-    curve = [point(0, 0.0, exact.evaluate(world, world.ref_logprobs))]
     judged = torch.zeros_like(world.rewards, dtype=torch.bool)   # (X, Y): what it learned from
-    batches = exact.noting(batches, world, judged)
+    told, curve = {}, [point(0, 0.0, exact.evaluate(world, world.ref_logprobs))]
 
     def look(step, seconds, loss):
-        reached = exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
-        curve.append(point(step, seconds, reached, loss=loss))
-    # A curve is drawn of the methods that sample; of the others only the end is looked at.
-    halves = {settings.steps >> i for i in range(1, 6) if settings.steps >> i >= 10}
+        logprobs = exact.policy_logprobs(policy, world.prompts)
+        told["train"] = exact.evaluate(world, logprobs) | exact.lost_parts(world, logprobs, judged)
+        told["dots"] = exact.reward_dots(world, logprobs)
+        curve.append(point(step, seconds, told["train"], loss=loss))
+    at = {settings.steps}
+    if fresh:                                                    # whose curve is drawn
+        at |= {settings.steps >> i for i in range(1, 6) if settings.steps >> i >= 10}
     try:
-        entry |= align(method, policy, batches, beta, settings.steps, value, offsets, look,
-                       halves if fresh else ())
-        ends = {split: exact.policy_logprobs(policy, of.prompts)
-                for split, of in shared.worlds.items()}
+        told |= align(method, policy, exact.noting(batches, world, judged), beta, settings.steps,
+                      value, offsets, look, at)
+        told["heldout"] = exact.evaluate(heldout, exact.policy_logprobs(policy, heldout.prompts))
     except FloatingPointError as error:
         return entry | dict(diverged=str(error))
-    entry |= {split: exact.evaluate(shared.worlds[split], end) for split, end in ends.items()}
-    entry["train"] |= exact.lost_parts(world, ends["train"], judged)
-    curve.append(point(settings.steps, entry["seconds"], entry["train"], loss=entry["loss"]))
     if fresh:
-        entry["state_bytes"] += frozen_bytes(shared)
-        entry["reward_source"] = settings.reward
+        told["state_bytes"] += frozen_bytes(shared)
     else:                                                        # apart: under DPO both may fall
         pairs = data.take(shared.feedback, shared.feedback.pairs[:1024].T.flatten())
         with torch.no_grad():
             chosen, rejected = implicit_reward(policy, pairs, beta).chunk(2)
-        entry |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item(),
-                      mean_rho=mean_rho(policy, shared.feedback),
-                      offsets=offsets.tolist())                  # f(x) + c of each training prompt
+        told |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item(),
+                     mean_rho=mean_rho(policy, shared.feedback),
+                     offsets=offsets.tolist())                   # f(x) + c of each training prompt
     save_weights(settings, f"{name}-{seed}", policy)
-    return entry | dict(curve=curve, dots=exact.reward_dots(world, ends["train"]),
-                        samples=example_responses(policy, seed))
+    return entry | told | dict(curve=curve, samples=example_responses(policy, seed))
 
 
 def point(step, seconds, reached, **more):
