@@ -604,12 +604,7 @@ def test_a_run_on_a_reward_model_is_measured_by_the_model_and_by_the_judge():
 def test_a_reward_model_is_accurate_where_it_orders_as_the_judge_does(sign, monkeypatch):
     monkeypatch.setattr(train, "model_reward", lambda model, tokens, mask: sign * data.reward(
         tokens[:, :3], tokens[:, 3:]))
-    model = moved(shared().reference, 0.5)
-    told, end = variants.reward_model_report(shared(), model, 0), exact.policy_logprobs(
-        model, world().prompts)
-    gain = ((end.exp() - world().ref_logprobs.exp()) * world().rewards).sum(1).mean().item()
-    assert told["accuracy"] == (sign == 1) and told["model_gain"] == sign * told["judge_gain"]
-    assert told["judge_gain"] == pytest.approx(gain, abs=0.03) and abs(gain) > 0.06
+    assert variants.accuracy(shared(), 0) == (sign == 1)
 
 
 def test_online_runs_on_a_prepared_reward_model_are_rewarded_by_it_and_say_how_good_it_is():
