@@ -171,15 +171,14 @@ def evaluate(world, logprobs):
 
     reward E r; kl in nats; objective J = reward - beta kl, Eq. 3; optimum J*; regret J* - J; lost,
     the regret as a share of pi_ref's: 0 at the optimum, 1 at the reference; frontier_reward, the
-    most that any policy of this kl has; residual_variance, as below.
+    most that any policy of this kl has.
     """
     reward = expect(logprobs, world.rewards).mean().item()
     kl = kl_divergence(logprobs, world.ref_logprobs).mean().item()
     objective, optimum = reward - world.beta * kl, world.optimum.mean().item()
     regret = optimum - objective
     figures = dict(reward=reward, kl=kl, objective=objective, optimum=optimum, regret=regret,
-                   lost=regret / world.gain.mean().item(),
-                   residual_variance=residual_variance(world, logprobs))
+                   lost=regret / world.gain.mean().item())
     if world.values is not None:
         figures["frontier_reward"] = frontier_reward(world, kl)
     return figures
@@ -199,15 +198,6 @@ def reference_and_optimum(worlds):
     start["dots"] = reward_dots(train, train.ref_logprobs)
     best["frontier"] = frontier_curve(train, 1.5 * best["train"]["kl"])
     return start, best
-
-
-# The residual of Eq. 7 is r - beta log pi/pi_ref. At the optimum it is beta log Z(x) for every y.
-def residual_variance(world, logprobs):
-    """Its variance under pi, mean over the prompts: 0 at the optimum. In units of reward squared.
-    """
-    residual = world.rewards - una.implicit_reward(logprobs, world.ref_logprobs, world.beta)
-    centred = residual - expect(logprobs, residual)[:, None]
-    return expect(logprobs, centred ** 2).mean().item()
 
 
 def reward_dots(world, logprobs):
