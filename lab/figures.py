@@ -130,17 +130,18 @@ def by_method(results):
 
 
 def draw_all(results, folder):
-    """PICTURES, from results.json; the last where there are several seeds."""
+    """PICTURES, from results.json: the third where runs have dots, the last of several seeds."""
     picture(folder, PICTURES[0], draw_frontier, results, figsize=(8.5, 5))
-    picture(folder, PICTURES[1], draw_regret, results, figsize=(7, 4.5))
+    picture(folder, PICTURES[1], draw_regret, results, figsize=(8.5, 4.5))
     first = results["reference"][0]
-    dots = [("reference", "grey", first["dots"])] + [
-        (f"{name}: lost {lost(run):.2%}", look["color"], run["dots"])
-        for name, look, runs in by_method(results)
-        for run in runs if run["seed"] == first["seed"]]
-    size = math.ceil(len(dots) / 5), min(5, len(dots))           # lines, columns
-    picture(folder, PICTURES[2], draw_rewards, dots, size,
-            figsize=(2.6 * size[1], 2.7 * size[0] + 0.4))
+    if "dots" in first:
+        dots = [("reference", "grey", first["dots"])] + [
+            (f"{name}: lost {lost(run):.2%}", look["color"], run["dots"])
+            for name, look, runs in by_method(results)
+            for run in runs if run["seed"] == first["seed"]]
+        size = math.ceil(len(dots) / 5), min(5, len(dots))       # lines, columns
+        picture(folder, PICTURES[2], draw_rewards, dots, size,
+                figsize=(2.6 * size[1], 2.7 * size[0] + 0.4))
     if len(results["reference"]) > 1:
         picture(folder, PICTURES[3], lost_parts_dots, results, figsize=(7, 6))
 
@@ -152,43 +153,30 @@ CLUSTERS = {"fresh feedback": ("online", "ppo", "rloo", "grpo"),
             "f + c is learned": ("learned",), "f + c is 0": ("",)}
 
 
-def clustered(runs, widest):
-    """{cluster: {method: (KL, reward)}} of runs, and a word on each whose KL is above widest."""
-    shown, far = {cluster: {} for cluster in CLUSTERS}, []
-    for run in runs:
-        name, kl = run["method"], run["train"]["kl"]
-        if kl > widest:
-            far.append(f"{name} at {kl:.1f}")
-        else:
-            cluster = next(c for c, words in CLUSTERS.items() if any(w in name for w in words))
-            shown[cluster][name] = kl, run["train"]["reward"]
-    return {cluster: points for cluster, points in shown.items() if points}, far
-
-
 def draw_frontier(figure, results):
     """Reward against KL: the first seed's runs and its frontier. Runs far right are only named."""
     axes, start, best = figure.subplots(), results["reference"][0], results["optimum"][0]
-    widest, looks = 1.5 * best["train"]["kl"], dict(zip(CLUSTERS, LOOKS))
-    shown, far = clustered([run for run in results["runs"] if run["seed"] == start["seed"]
-                            and "diverged" not in run], widest)
-    order = sorted(shown, key=lambda cluster: max(shown[cluster].values())[1])
-    axes.plot(*zip(*best["frontier"]), color="black", zorder=0)
-    for i, cluster in enumerate(order):                          # its name stands beside the axes
-        points, look, side = shown[cluster], looks[cluster], (1.04, (i + 0.5) / len(order))
-        words = textwrap.wrap(", ".join(points), 30, break_on_hyphens=False)
-        axes.scatter(*zip(*points.values()), s=50, **look)
-        axes.plot(*side, transform=axes.transAxes, clip_on=False, markersize=7, **look)
-        axes.annotate("", max(points.values()), side, textcoords="axes fraction", arrowprops=dict(
-            arrowstyle="-", color=look["color"], linewidth=0.8))
-        axes.text(side[0] + 0.025, side[1], "\n".join([f"{cluster}:", *words]), fontsize=8.5,
-                  va="center", transform=axes.transAxes)
-    for entry, words, look, shift in (
-            (start, "reference", dict(marker="x", s=90, color="black"), (0.06, -0.01)),
-            (best, "the best policy", dict(marker="*", s=320, facecolor="none", edgecolor="black"),
-             (-0.25, 0.06))):
-        point = np.array([entry["train"]["kl"], entry["train"]["reward"]])
-        axes.scatter(*point, zorder=3, **look)
-        axes.text(*point + shift, words, fontsize=8.5)
+    widest, far = 1.5 * best["train"]["kl"], []
+    clusters = {cluster: {} for cluster in CLUSTERS}             # {cluster: {method: point}}
+    for run in results["runs"]:
+        if run["seed"] == start["seed"] and "diverged" not in run:
+            name, kl = run["method"], run["train"]["kl"]
+            cluster = next(c for c, words in CLUSTERS.items() if any(w in name for w in words))
+            if kl > widest:
+                far.append(f"{name} at {kl:.1f}")
+            else:
+                clusters[cluster][name] = kl, run["train"]["reward"]
+    axes.plot(*zip(*best["frontier"]), color="black", zorder=0, label="the best at each KL")
+    for (cluster, points), look in zip(clusters.items(), LOOKS):
+        if points:
+            names = textwrap.wrap(", ".join(points), 30, break_on_hyphens=False)
+            axes.scatter(*zip(*points.values()), s=50, label="\n".join([f"{cluster}:", *names]),
+                         **look)
+    for entry, name, look in (
+            (start, "reference", dict(marker="x", s=90, color="black")),
+            (best, "best policy", dict(marker="*", s=320, facecolor="none", edgecolor="black"))):
+        axes.scatter(entry["train"]["kl"], entry["train"]["reward"], zorder=3, label=name, **look)
+    figure.legend(loc="outside right", frameon=False, fontsize=8.5)
     label(axes, "How much reward for how much KL: no policy is above the line" + (
         "\n" + textwrap.fill(f"(too far right: {', '.join(far)})", 75) if far else ""),
           xlim=(-0.05, widest), xlabel="KL(policy || reference), nats",
@@ -231,18 +219,13 @@ def draw_regret(figure, results):
         axes.legend()
 
 
-# Implicit reward beta log pi/pi_ref + beta log Z(x) against the judge's: on the diagonal the two
-# agree, and the policy is optimal (Eq. 18).
-def diagonal(axes, title, **limits):
-    axes.plot([-4, 3], [-4, 3], color="black", linewidth=0.8)
-    label(axes, title, 9, **limits)
-
-
 def draw_rewards(figure, dots, size):
-    """A panel for each policy; dots: [(name, color, (explicit, implicit))]."""
+    """A panel for each policy; dots: [(name, color, (explicit, implicit))]. On the diagonal the two
+    rewards agree, and the policy is optimal (Eq. 18)."""
     grid = figure.subplots(*size, sharex=True, sharey=True, squeeze=False).flat
     for axes, (name, color, (explicit, implicit)) in zip(grid, dots):
-        diagonal(axes, name)
+        label(axes, name, 9)
+        axes.plot([-4, 3], [-4, 3], color="black", linewidth=0.8)
         axes.scatter(explicit, np.maximum(implicit, -6), s=3, alpha=0.3, color=color)
     for axes in grid[len(dots):]:
         axes.set_visible(False)
@@ -255,9 +238,7 @@ def draw_rewards(figure, dots, size):
 # ---------------------------------------------------------------- the pictures of lab/README.md
 def draw_claims(results, watched, folder):
     """Of results as train.py writes them, and of runs with a curve of masses."""
-    picture(folder, PICTURES[0], draw_frontier, results, figsize=(8.5, 5))
-    picture(folder, PICTURES[1], draw_regret, results, figsize=(8.5, 4.5))
-    picture(folder, PICTURES[3], lost_parts_dots, results, figsize=(7, 6))
+    draw_all(results, folder)
     picture(folder, "masses.png", draw_masses, watched, figsize=(8.5, 3))
 
 

@@ -191,7 +191,7 @@ def test_the_frontier_has_one_seeds_points_and_lost_a_dot_for_each_seed():
     (axes,) = frontier.axes
     drawn = [tuple(point) for marks in axes.collections for point in marks.get_offsets().tolist()]
     assert drawn == [(0.5, 2.5), (0.0, 1.0), (0.75, 1.5)]        # dpo's, the reference's, the best
-    assert "pairs: f + c cancels:\ndpo" in [text.get_text() for text in axes.texts]
+    assert "pairs: f + c cancels:\ndpo" in [text.get_text() for text in frontier.legends[0].texts]
     assert "too far right: kto at 9.0" in axes.get_title()
     figures.lost_parts_dots(dots, made)
     judged, unjudged, *_ = (marks.get_offsets().tolist() for marks in dots.axes[0].collections)
