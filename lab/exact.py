@@ -185,18 +185,16 @@ def evaluate(world, logprobs):
 
 
 def reference_and_optimum(worlds):
-    """Where every run begins and the best it could reach: {split: figures} of pi_ref and of pi*.
-
-    worlds: {"train": World, "heldout": World}. Beside the figures of both, pi_ref has the dots of
-    a picture and pi* the frontier.
-    """
+    """Where every run begins and the best it could reach: {split: figures} of pi_ref, with the dots
+    of a picture, and of pi*, with points (KL, reward) of the frontier. worlds: {split: World}."""
     start, best, train = {}, {}, worlds["train"]
     for split, world in worlds.items():
         optimum, _ = una.optimal_policy(world.ref_logprobs, world.rewards, world.beta)
         start[split] = evaluate(world, world.ref_logprobs)
         best[split] = evaluate(world, optimum)
     start["dots"] = reward_dots(train, train.ref_logprobs)
-    best["frontier"] = frontier_curve(train, 1.5 * best["train"]["kl"])
+    points = (tilted(train, b) for b in torch.logspace(2, -1.7, 200).tolist())
+    best["frontier"] = [(kl, reward) for kl, reward in points if kl <= 1.5 * best["train"]["kl"]]
     return start, best
 
 
@@ -235,13 +233,12 @@ def lost_parts(world, logprobs, judged):
 
 def index_of(responses, vocab_size, eot):
     """Where responses (N, max_tokens), filled with eot, stand in all_responses: (N,)."""
-    W, length = vocab_size - 1, (responses != eot).sum(1)
-    words = responses - (responses > eot).long()                 # numbered without the eot
-    place = torch.zeros_like(length)
-    for t in range(responses.shape[1]):                          # a number of `length` digits
-        place = torch.where(t < length, place * W + words[:, t], place)
-    shorter = torch.tensor([0] + [W ** n for n in range(responses.shape[1])]).cumsum(0)
-    return shorter.to(length.device)[length] + place
+    # A string of words, numbered from 1 without the eot, is a number: its place, as the shorter
+    # strings come first.
+    digits, place = responses + (responses < eot).long(), torch.zeros_like(responses[:, 0])
+    for digit, is_word in zip(digits.T, (responses != eot).T):
+        place = torch.where(is_word, place * (vocab_size - 1) + digit, place)
+    return place
 
 
 def noting(batches, world, judged):
@@ -318,12 +315,6 @@ def tilted(world, b):
     logprobs, _ = una.optimal_policy(world.value_logprobs, world.values, b)
     kl = kl_divergence(logprobs, world.value_logprobs)
     return kl.mean().item(), expect(logprobs, world.values).mean().item()
-
-
-def frontier_curve(world, widest):
-    """Points (KL, reward) of the frontier, up to the KL `widest`."""
-    points = [tilted(world, b) for b in torch.logspace(2, -1.7, 200).tolist()]
-    return [point for point in points if point[0] <= widest]
 
 
 def frontier_reward(world, kl):
