@@ -409,17 +409,13 @@ def align(method, policy, batches, beta, steps, value=None, offsets=None, look=N
             seconds, began = now, time.perf_counter()
     state = [part for parts in optimizer.state.values() for part in parts.values()]
     return dict(start_loss=start_loss, loss=last_loss, seconds=now,
-                state_bytes=size_in_bytes([*trained, *(p.grad for p in trained), *state]))
-
-
-def size_in_bytes(tensors):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                state_bytes=sum(t.nbytes for t in [*trained, *(p.grad for p in trained), *state]))
 
 
 def frozen_bytes(shared):
     """Of the models that fresh samples need beside the policy."""
-    return sum(size_in_bytes(model.parameters())
-               for model in (shared.reference, shared.reward_model) if model)
+    return sum(parameter.nbytes for model in (shared.reference, shared.reward_model) if model
+               for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------- a seed, and a method on it

@@ -186,18 +186,17 @@ def draw_frontier(figure, results):
 def lost_parts_dots(figure, results):
     """What each method lost on judged and on all other responses: a dot for each seed."""
     axes = figure.subplots()
-    methods = [(name, look, runs) for name, look, runs in by_method(results)
-               if any("judged" in run["train"] for run in runs)]
-    for i, (_, _, runs) in enumerate(methods):
+    methods = {name: runs for name, _, runs in by_method(results) if runs}
+    for i, runs in enumerate(methods.values()):
         for part, shift, look in (("judged", -0.17, LOOKS[0]), ("unjudged", 0.17, LOOKS[1])):
-            shares = [max(run["train"][part], 1e-4) for run in runs if part in run["train"]]
+            shares = [max(run["train"][part], 1e-4) for run in runs]
             axes.scatter(100 * np.array(shares), np.full(len(shares), i + shift), s=22, alpha=0.7,
                          label=None if i else f"on {part} responses", linewidth=0, **look)
         axes.axhline(i + 0.5, color="#D0D0D0", linewidth=0.6)
     axes.axvline(100, color="black", linewidth=0.8)              # all that there was to gain
     label(axes, "Where it was lost: a dot is a seed, the line is the reference", xscale="log",
           xlim=(0.008, None), ylim=(len(methods) - 0.5, -0.5), yticks=range(len(methods)),
-          yticklabels=[name for name, *_ in methods],
+          yticklabels=[*methods],
           xlabel="lost: percent of the possible gain (less than 0.01: drawn at 0.01)")
     axes.xaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
