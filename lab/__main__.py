@@ -1,7 +1,7 @@
 """The campaigns, by name.
 
-    python -m lab stored|online|budget      goes on where it stopped; budget needs online
-    python -m lab tables                       pages and pictures anew, from the JSON files
+    python -m lab stored|online|budget      goes on where it stopped; budget needs the others' files
+    python -m lab tables                    pages and pictures anew, from the JSON files
 """
 import json
 import os
@@ -31,7 +31,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         run.say(f"interrupted. What has ended is in {given.out}/parts: the same command goes on")
         return 130
-    except (OSError, json.JSONDecodeError) as error:             # online.json missing, or half
+    except (OSError, json.JSONDecodeError) as error:             # a file is missing, or half
         parser.error(f"--out {given.out}: {error}")
     return 0
 

@@ -54,17 +54,17 @@ def stored_tables(stored):
     def runs(name, level=0.0, **fields):
         return reported(stored, name, level, **fields)
 
-    made = {}
+    made, measured = {}, [name for name in STORED if runs(name)]
     rows = made["stored"] = [["method", "lost", "above 100 %", "judged", "unjudged",
                               "mass unjudged", "held-out"]]
     rows += [[code(name), shares(lost(its := runs(name))), bad(lost(its)),
               *(percent(median(parts(its, part)), ".2g")
                 for part in ("judged", "unjudged", "unjudged_mass")),
               shares([run["heldout"]["lost"] for run in its if "diverged" not in run])]
-             for name in STORED]
+             for name in measured]
     rows = made["masses"] = [["mass", *BROKEN, "wrong noun", "held-out: breaks the grammar",
                               "mean log π/π_ref", "its rank with unjudged"]]
-    for name in STORED:
+    for name in measured:
         its = [run for run in runs(name) if "diverged" not in run]
         rows.append([code(name), *(shares([run["train"]["mass"][kind] for run in its])
                                    for kind in (*BROKEN, "wrong noun")),
@@ -178,7 +178,8 @@ def online_tables(online):
         return reported(online, name, **fields)
 
     rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds", "state"]]
-    for name, reward in [(name, "judge") for name in FRESH] + [(name, "model") for name in ONLINE]:
+    for name, reward in [(name, "judge") for name in FRESH if runs(name)] + [
+            (name, "model") for name in ONLINE]:
         its = runs(name, reward=reward)
         rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(its)),
                      bad(lost(its)), *(percent(median(parts(its, part)), ".2g")
