@@ -96,7 +96,8 @@ def collect_feedback(settings, seed, reference):
     """The training prompts in turn, two responses of the reference to each, feedback on them all.
 
     A namespace: data.Feedback's tensors; ref_logprob (N,), nats; prompt (N,), the number of each
-    response's prompt; offset (N,), f(x) + c, here 0. The held-out prompts get no feedback.
+    response's prompt; offset (N,), f(x) + c, here 0; for KTO's reference point mismatched pairs:
+    other_tokens, other_mask (N, 7), other_ref_logprob (N,). Held-out prompts get no feedback.
     """
     prompt = torch.arange(settings.judged) // 2 % len(data.TRAIN_PROMPTS)
     x = data.encode_prompts(data.TRAIN_PROMPTS)[prompt]                                  # (N, 3)
@@ -108,14 +109,10 @@ def collect_feedback(settings, seed, reference):
     told |= dict(prompt=prompt, offset=torch.zeros(len(prompt)))
     feedback = SimpleNamespace(**{name: part.to(settings.device) for name, part in told.items()})
     feedback.ref_logprob = logprob_in_chunks(reference, feedback.tokens, feedback.mask)
+    other = data.mismatched(feedback.tokens, feedback.mask)
+    feedback.other_tokens, feedback.other_mask = other
+    feedback.other_ref_logprob = logprob_in_chunks(reference, *other)
     return feedback
-
-
-def with_mismatched_pairs(feedback, reference):
-    """The feedback, and beside it what KTO needs for its reference point."""
-    tokens, mask = data.mismatched(feedback.tokens, feedback.mask)
-    return SimpleNamespace(**vars(feedback), other_tokens=tokens, other_mask=mask,
-                           other_ref_logprob=logprob_in_chunks(reference, tokens, mask))
 
 
 # At pi_ref every implicit reward of a prompt is f(x) + c. Where that is the logit of the prompt's
@@ -175,8 +172,8 @@ def model_reward(reward_model, tokens, mask):
 # What a loss is given, of B responses: tokens, mask (B, 7), as data.join's; ref_logprob (B,); and
 #     stored   labels, scores (B,), data.Feedback's; prompt (B,), its number; offset (B,), f(x) + c.
 #              Of pairs all chosen responses come first, then all rejected ones, in the same order.
-#              Of mixed feedback chosen, rejected, binary and scored say which rows are what. For
-#              kto other_tokens, other_mask (B, 7) and other_ref_logprob (B,): mismatched pairs.
+#              Of mixed feedback chosen, rejected, binary and scored say which rows are what.
+#              other_tokens, other_mask (B, 7), other_ref_logprob (B,): mismatched pairs, for kto.
 #     fresh    rewards (B,); per_prompt, how many responses in a row answer one prompt; is_old (B,),
 #              which of them are stored ones; offset, 0; ref_logprobs (B, 4) of the tokens; for ppo
 #              the value model, and advantages: None until ppo has made them, and what else has to
@@ -184,11 +181,8 @@ def model_reward(reward_model, tokens, mask):
 def stored_batches(method, shared, size, seed, offsets, ramp=0):
     """What a Method learns from for ever, if its feedback is stored; offsets (X,) of the prompts.
     Over the first `ramp` batches f(x) + c moves there, from where it is balanced."""
-    feedback = shared.feedback
-    if method.mismatched:
-        feedback = with_mismatched_pairs(feedback, shared.reference)
-    start = start_offsets(method._replace(offset="balanced"), feedback)
-    for step, batch in enumerate(data.stored_batches(method.feedback, feedback, size, seed)):
+    start = start_offsets(method._replace(offset="balanced"), shared.feedback)
+    for step, batch in enumerate(data.stored_batches(method.feedback, shared.feedback, size, seed)):
         now = start.lerp(offsets, min(1.0, step / ramp)) if ramp else offsets
         batch.offset, batch.anchor = now[batch.prompt], method.anchor
         yield batch
@@ -351,7 +345,6 @@ class Method(NamedTuple):
     stored: float = 0.0         # share of the samples that are stored responses of pi_ref
     epochs: int = 1             # optimiser steps on each batch
     value_model: bool = False   # is one trained beside the policy?
-    mismatched: bool = False    # does the loss need mismatched pairs?
 
 
 # The settings are the best cells of the grids of lab/stored.py and lab/online.py.
@@ -369,7 +362,7 @@ METHODS = {
     "una-mixed": Method("mixed", una_mixed, 2e-3, 0.03125),
     "una-mixed-estimated": Method("mixed", una_mixed, 8e-3, 1, "estimated", 0.5, 0.003),
     "dpo": Method("pairs", dpo, 1e-3, 4),
-    "kto": Method("binary", kto, 2e-3, 0.125, mismatched=True),
+    "kto": Method("binary", kto, 2e-3, 0.125),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
     "una-online-stored": Method("fresh", una_online, 1.2e-2, 1, stored=0.25),
     "una-online-score": Method("fresh", una_online_score, 2e-3, 0.5),

@@ -101,6 +101,9 @@ def test_feedback_is_on_two_responses_of_pi_ref_to_each_training_prompt(monkeypa
     assert torch.equal(ours.tokens, tokens) and torch.equal(ours.mask, mask)
     assert ours.prompt.tolist() == [0, 0, 1, 1, 2, 2] * 16 and not ours.offset.any()
     assert near(ours.ref_logprob, train.logprob(reference, tokens, mask), 1e-5)
+    mismatched = data.mismatched(tokens, mask)
+    assert all(map(torch.equal, (ours.other_tokens, ours.other_mask), mismatched))
+    assert near(ours.other_ref_logprob, train.logprob(reference, *mismatched), 1e-5)
     level = torch.tensor([-1 / 3, 1 / 3, 1])[ours.prompt]        # wind, fire, night
     assert near(ours.scores, torch.sigmoid(data.reward(x, y) + level), 1e-6)
     for name in ("tokens", "pairs", "labels", "scores"):
@@ -188,7 +191,8 @@ def test_kto_estimates_its_kl_from_the_responses_to_other_prompts():
     own = rho_of(policy, reference, feedback.tokens, feedback.mask)
     other = rho_of(policy, reference, torch.cat([x, y.roll(2, 0)], 1), feedback.mask.roll(2, 0))
     ref_logprob = train.logprob_in_chunks(reference, feedback.tokens, feedback.mask)
-    batch = train.with_mismatched_pairs(changed(feedback, ref_logprob=ref_logprob), reference)
+    batch = changed(feedback, ref_logprob=ref_logprob, other_ref_logprob=train.logprob_in_chunks(
+        reference, feedback.other_tokens, feedback.other_mask))
     expected, wrong = ((feedback.labels - torch.sigmoid(0.25 * (own - rho.mean().clamp(0)))).abs()
                        for rho in (other, own))
     assert near(train.kto(policy, batch, 0.25), expected, 1e-5) and not near(expected, wrong, 1e-4)
