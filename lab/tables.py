@@ -210,7 +210,8 @@ BUDGET = (("pairs: `dpo`", "dpo", {}),
          ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
          ("… estimated, by the path: `una-score-estimated`", "una-score-estimated",
           dict(ramp=0.5)),
-         ("… learned: `una-score-learned`", "una-score-learned", {}))
+         ("… learned: `una-score-learned`", "una-score-learned", {}),
+         ("… learned, from 0", "una-score, from zero", {}))
 OTHER_CELLS = (("`dpo` at the task's β", "dpo", dict(beta_multiple=1)),
                ("labels with the exact β log Z(x), at once", "una-binary-bce, exact",
                 dict(ramp=0)),
