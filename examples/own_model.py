@@ -420,13 +420,6 @@ def save(trainer, lora, losses=()):
     trainer.save_model()
 
 
-def write_json(path, content):
-    """Whole, or not at all."""
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-    os.replace(path + ".part", path)
-
-
 def main(arguments=None):
     """Reads, trains, measures, saves. Bad input is one line and status 2."""
     settings, args = parse(arguments)
@@ -457,9 +450,12 @@ def main(arguments=None):
     save(trainer, settings.lora, [facts["loss"]])
     after = measure(facts) if held else {}
     if trainer.is_world_process_zero():
-        write_json(os.path.join(args.output_dir, "results.json"), dict(
-            settings=asdict(settings), items=dict(train=len(train), held=len(held)), counts=counts,
-            before=before, after=after))
+        told = dict(settings=asdict(settings), items=dict(train=len(train), held=len(held)),
+                    counts=counts, before=before, after=after)
+        path = os.path.join(args.output_dir, "results.json")
+        with open(path + ".part", "w", encoding="utf-8") as file:       # whole, or not at all
+            json.dump(told, file, indent=1, allow_nan=False)
+        os.replace(path + ".part", path)
     if held:
         say("held-out:", json.dumps(dict(before=before, after=after), indent=1))
 

@@ -67,10 +67,6 @@ def same_numbers(monkeypatch):
 def test_the_tokenizer_is_the_encoding_and_reads_whatever_it_writes(tmp_path):
     toy.tokenizer().save_pretrained(tmp_path)
     words = AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*data.PROMPTS, "", " still", " : night furious dancing", "sad sea : bright sea"]:
-        tokens = data.ENCODING.encode(text)
-        assert words(text)["input_ids"] == tokens and words.decode(tokens) == text
-        assert words(text + "<|endoftext|>")["input_ids"] == [*tokens, data.EOT]
     for tokens in ([i, j] for i in range(26) for j in range(26)):          # "happyhappy" too
         assert words.decode(tokens) == data.ENCODING.decode(tokens)
         assert words(words.decode(tokens))["input_ids"] == tokens

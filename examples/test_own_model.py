@@ -267,17 +267,13 @@ def test_before_training_every_rho_is_0_or_the_run_ends(folder, tmp_path, capsys
     flags = ["--model", folder, "--data", f"{tmp_path / 'out'}.jsonl", "--heldout", "0",
              "--output_dir", str(tmp_path / "no")]
 
-    def with_dropout(*arguments):
-        model = load(*arguments)
-        model.transformer.drop = torch.nn.Dropout(0.1)
-        return model
+    for spoil in (lambda of: setattr(of, "drop", torch.nn.Dropout(0.1)),
+                  lambda of: of.wpe.weight.data[15].fill_(math.nan)):   # in the last batch alone
+        def spoilt(*arguments, spoil=spoil):
+            model = load(*arguments)
+            spoil(model.transformer)
+            return model
 
-    def with_nan(*arguments):                           # met by the last item's batch alone
-        model = load(*arguments)
-        model.transformer.wpe.weight.data[15] = math.nan
-        return model
-
-    for spoilt in with_dropout, with_nan:
         monkeypatch.setattr(own_model, "load_model", spoilt)
         assert "random or not finite" in ends(capsys, 1, *flags)
     assert not (tmp_path / "no" / "results.json").exists()
