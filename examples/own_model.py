@@ -297,14 +297,15 @@ def measure(facts):
 # ---------------------------------------------------------------- the trainer
 class UNATrainer(transformers.Trainer):
     """The loss of a step is one mean over its items, however they are cut. Micro-batches add up and
-    DDP averages processes, so each micro-batch gives its sum x processes / items. Where processes
-    lack full batches accelerate would repeat items: copies stand there, which count for nothing."""
+    DDP averages processes, so each micro-batch gives its sum x processes / items. If one of them
+    lacks a full batch, accelerate would repeat items: copies stand there, which do not count."""
     loss_is_scaled_for_ga = True        # or the Trainer might divide by the micro-batches as well
 
     def __init__(self, settings, args, train_dataset, **options):
-        copies = -len(train_dataset) % (args.train_batch_size * args.world_size)
-        filled = train_dataset + [dict(train_dataset[0], id=COPY)] * copies
-        super().__init__(args=args, train_dataset=filled, data_collator=collate, **options)
+        lacking = -len(train_dataset) % (args.train_batch_size * args.world_size)
+        copies = [dict(train_dataset[0], id=COPY)] * (lacking if args.world_size > 1 else 0)
+        super().__init__(args=args, train_dataset=train_dataset + copies, data_collator=collate,
+                         **options)
         self.how = settings.beta, settings.g, settings.anchor
         self.seen = []                  # the outcomes since the last log
 

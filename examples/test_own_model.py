@@ -202,13 +202,12 @@ def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop_on_what_is
     assert transformers.AutoTokenizer.from_pretrained(out).encode("a good") == ids("a good")
 
 
-def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folder, tmp_path):
-    """11 items: an epoch has a copy beside them, which must not count."""
+def test_two_processes_are_one_also_if_they_go_on_from_a_checkpoint(folder, tmp_path):
+    """Each step has all 11 items, and on two processes a copy, which must not count."""
     one, two, gone_on = (tmp_path / name for name in ("one", "two", "gone_on"))
-    options = ["--num_train_epochs", "2", "--logging_steps", "1", "--heldout", "0.2",
-               "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
-    results = run(folder, feedback(14), one, *options, "--per_device_train_batch_size", "4",
-                  "--gradient_accumulation_steps", "2")
+    options = ["--num_train_epochs", "4", "--logging_steps", "1", "--heldout", "0.2",
+               "--save_strategy", "epoch", "--save_total_limit", "2"]
+    results = run(folder, feedback(14), one, *options, "--per_device_train_batch_size", "11")
     assert results["items"] == dict(train=11, held=3)
     for source in (HERE / "own_model.py", HERE.parent / "una.py"):
         shutil.copy(source, tmp_path)                            # a copy of una.py serves as well
@@ -217,7 +216,7 @@ def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folde
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
              "own_model.py", "--model", folder, "--data", f"{one}.jsonl", "--output_dir", str(out),
              *PLAIN, *options, "--per_device_train_batch_size", "2",
-             "--gradient_accumulation_steps", "2", *more],
+             "--gradient_accumulation_steps", "3", *more],
             cwd=tmp_path, capture_output=True, encoding="utf-8")
         assert ended.returncode == 0, ended.stderr
     assert farthest(one, two) < 1e-6 and farthest(one, folder) > 0.03
@@ -232,16 +231,16 @@ def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folde
             assert theirs == pytest.approx(mine | dict(epoch=theirs["epoch"]), rel=1e-3, abs=1e-5)
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_is_one_that_was_not_broken(folder, tmp_path):
+def test_a_run_that_goes_on_in_the_midst_of_an_epoch_is_one_that_was_not_broken(folder, tmp_path):
     """The reference is --model's, not the checkpoint's."""
     rows, options = feedback(14), [
         "--max_steps", "8", "--optim", "adamw_torch", "--adam_beta2", "0.9", "--learning_rate",
         "0.01", "--lr_scheduler_type", "cosine", "--warmup_steps", "2", "--weight_decay", "0.1",
-        "--max_grad_norm", "1", "--seed", "5", "--save_strategy", "epoch",
+        "--max_grad_norm", "1", "--seed", "5", "--save_strategy", "steps", "--save_steps", "3",
         "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     whole = run(folder, rows, tmp_path / "whole", *options)
     gone_on = run(folder, rows, tmp_path / "gone_on", *options, "--resume_from_checkpoint",
-                  str(tmp_path / "whole" / "checkpoint-4"))
+                  str(tmp_path / "whole" / "checkpoint-3"))
     assert farthest(tmp_path / "whole", tmp_path / "gone_on") == 0
     assert farthest(tmp_path / "whole", folder) > 0.01
     assert gone_on["before"] == whole["before"] and gone_on["after"] == whole["after"]
