@@ -5,9 +5,9 @@
 
 Needs requirements-trl.txt. A line of the prompts is {"prompt": ...}, a string or messages for the
 chat template. judge(prompts, completions) is given two lists, completions as strings, and returns
-as many rewards, in the unit of beta. What would give a prompt other than num_generations fresh
-samples a step, or change the loss, is no flag here. All weights are trained, in float32; with
---lora R a low-rank W + BA. At first rho = log pi/pi_ref must be 0, or the run ends.
+as many rewards, in the unit of beta. Each step has num_generations fresh samples of a prompt; what
+would change that, or the loss, is no flag here. All weights are trained, in float32; with --lora R
+a low-rank W + BA. At first rho = log pi/pi_ref must be 0, or the run ends.
 """
 import math
 import os

@@ -136,7 +136,7 @@ def encode(text, tokenizer, answered):
 
 
 def encode_answered(prompt, completion, tokenizer):
-    """Token ids of both, as one text."""
+    """Token ids of both, as one text. Of messages a completion is one."""
     of = form(completion)
     if of is not form(prompt) or of is dict and len(completion) > 1:
         raise ValueError("prompt and completion are not both strings, messages or token ids")

@@ -224,11 +224,11 @@ def test_two_processes_are_one_also_if_they_go_on_from_a_checkpoint(folder, tmp_
     for out in two, gone_on:
         told = json.loads((out / "results.json").read_text(encoding="utf-8"))
         assert told["after"] == pytest.approx(results["after"], abs=1e-5)
-    ours, *theirs = [json.loads((out / "checkpoint-4/trainer_state.json").read_text("utf-8"))
+    ours, *others = [json.loads((out / "checkpoint-4/trainer_state.json").read_text("utf-8"))
                      ["log_history"][1:] for out in (one, two, gone_on)]     # the first is of zeros
-    for logs in theirs:
-        for mine, theirs in zip(ours, logs, strict=True):
-            assert theirs == pytest.approx(mine | dict(epoch=theirs["epoch"]), rel=1e-3, abs=1e-5)
+    for other in others:
+        for mine, logged in zip(ours, other, strict=True):
+            assert logged == pytest.approx(mine | dict(epoch=logged["epoch"]), rel=1e-3, abs=1e-5)
 
 
 def test_a_run_that_goes_on_in_the_midst_of_an_epoch_is_one_that_was_not_broken(folder, tmp_path):
