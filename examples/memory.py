@@ -9,7 +9,6 @@ had allocated there at most, in float32 and bfloat16; without one what the proce
 """
 import json
 import os
-import random
 import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -36,11 +35,9 @@ def write_model(folder, shape):
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{end}",
                             pad_token=f"w{end}").save_pretrained(folder)
-    half, rng = shape["n_positions"] // 4, random.Random(0)      # the end of text is the last token
-    lengths = dict(prompt=half, chosen=half - 1, rejected=half - 1)
-    rows = [{name: "".join(f" w{rng.randrange(end)}" for _ in range(length))
-             for name, length in lengths.items()} for _ in range(4)]
-    Path(folder, "feedback.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    half = shape["n_positions"] // 4                             # the end of text is the last token
+    row = dict(prompt=" w0" * half, chosen=" w1" * (half - 1), rejected=" w2" * (half - 1))
+    Path(folder, "feedback.jsonl").write_text(4 * (json.dumps(row) + "\n"), encoding="utf-8")
 
 
 def measure(by, bf16, folder):
@@ -51,7 +48,7 @@ def measure(by, bf16, folder):
     if by == "TRL":
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
-        rows = [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
+        rows = [json.loads(line) for line in open(path, encoding="utf-8")]
         DPOTrainer(GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32),
                    args=DPOConfig(**flags, activation_checkpointing=False),
                    train_dataset=Dataset.from_list(rows),
@@ -60,8 +57,8 @@ def measure(by, bf16, folder):
         import own_model
         flags |= dict(model=folder, data=path, heldout=0, per_device_eval_batch_size=2)
         own_model.main([f"--{name}={value}" for name, value in flags.items()])
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # but bytes on a Mac
-    held = kilobytes * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return dict(by=by, bf16=bf16, bytes=torch.cuda.max_memory_allocated() if gpu else held)
 
 

@@ -6,14 +6,9 @@
     python examples/on_the_toy.py compare DIR                        four trainers, three seeds
 
 The last two need requirements-trl.txt. All but evaluate take train.py's flags too: --seed, --steps,
---judged, --level, ... This is written:
-
-    DIR/reference      the reference and the tokenizer, for transformers' from_pretrained: a GPT-2
-    DIR/pairs.jsonl    {"prompt": ..., "chosen": ..., "rejected": ...}
-    DIR/binary.jsonl   {"prompt": ..., "completion": ..., "label": true or false}
-    DIR/scores.jsonl   {"prompt": ..., "completion": ..., "score": from 0 to 1}
-    DIR/mixed.jsonl    all three: of a third of the responses each, as una-mixed has them
-    DIR/toy.json       seed, judged, level and beta
+--judged, --level, ... Written are reference, a GPT-2 and its tokenizer for from_pretrained;
+pairs.jsonl, binary.jsonl and scores.jsonl, with own_model.py's field names; mixed.jsonl, of a third
+of the responses each, as una-mixed has them; and toy.json: seed, judged, level and beta.
 
 Prompts and completions are lists of token ids, to be taken as they are. A completion ends with
 end-of-text, or was cut off after its fourth word: then there is none, and none may be appended.
@@ -100,9 +95,9 @@ def rows_of(feedback):
               for i, label in enumerate(feedback.labels.bool().tolist())]
     scores = [dict(prompt=x[i], completion=y[i], score=score)
               for i, score in enumerate(feedback.scores.tolist())]
-    third = len(x) // 6 * 2                                      # as in data.stored_batches
-    in_first_third = int((feedback.pairs[:, 1] < third).sum())
-    mixed = pairs[:in_first_third] + binary[third:2 * third] + scores[2 * third:]
+    of_labels, of_scores = data.thirds(len(x))
+    of_pairs = int((feedback.pairs[:, 1] < of_labels).sum())
+    mixed = pairs[:of_pairs] + binary[of_labels:of_scores] + scores[of_scores:]
     return dict(pairs=pairs, binary=binary, scores=scores, mixed=mixed)
 
 

@@ -6,8 +6,8 @@
 Needs requirements-trl.txt. A line of the prompts is {"prompt": ...}, a string or messages for the
 chat template. judge(prompts, completions) is given two lists, completions as strings, and returns
 as many rewards, in the unit of beta. Each step has num_generations fresh samples of a prompt; what
-would change that, or the loss, is no flag here. All weights are trained, in float32, beside the
-reference; with --lora R a low-rank W + BA. At first rho = log pi/pi_ref must be 0, or the run ends.
+would change that, or the loss, is no flag here. All weights are trained, in float32; with --lora R
+a low-rank W + BA. At first rho = log pi/pi_ref must be 0, or the run ends.
 """
 import math
 import os
@@ -78,7 +78,7 @@ def reward_function(judge, name):
     return rewards
 
 
-def prompt_of(row, where, tokenizer, room):
+def prompt_of(row, tokenizer, room):
     """What a line becomes, if TRL will make of it the tokens that own_model.py makes."""
     ids = own_model.encode(prompt := row.get("prompt"), tokenizer, answered=False)
     if not (tokenizer(prompt)["input_ids"] == ids if isinstance(prompt, str) else

@@ -3,19 +3,12 @@
     python examples/own_model.py --model FOLDER --data feedback.jsonl --output_dir out
     torchrun --nproc-per-node 2 examples/own_model.py ...             the same, on two processes
 
-una.py is found in the folder above this one; a copy beside this file serves as well. Flags are the
-fields of Settings, and TRAINING, below. A batch is counted in items, and a pair is one. All weights
-are trained, in float32; with --lora R a low-rank W + BA, added up before saving. Dropout is off, in
-the saved config too.
-
-Feedback is one JSON object a line, with TRL's field names, in any mixture: prompt, and chosen and
-rejected (Eq. 10), or completion and label (Eq. 11, 12; true, false, 1 or 0), or completion and
-score (Eq. 13; 0 to 1). Texts are strings, or messages for the tokenizer's chat template (one for a
-completion), or lists of token ids. Prompt and completion are encoded as one text, a completion's
-space in front included: its tokens are those behind what the prompt alone has too. It ends with its
-first end-of-text, which is appended to strings without one; a chat template ends its turns itself,
-and ids are taken as they are. Where both are too long, a prompt keeps its last max_length / 2
-tokens, or as many as the longest completion leaves, a completion the first that then have room.
+una.py is found in the folder above this one, or beside this file. Flags are the fields of Settings,
+and TRAINING, below. A batch is counted in items, and a pair is one. All weights are trained, in
+float32; with --lora R a low-rank W + BA, added up before saving. Dropout is off, in the saved
+config too. README.md says what feedback is, and which tokens it becomes. Where both are too long, a
+prompt keeps its last max_length / 2 tokens, or as many as the longest completion leaves, and a
+completion the first that then have room.
 
 The reference is the model as it was: its log-probabilities are computed once, before training.
 Computed once more, all must give rho = log pi - log pi_ref = 0 exactly, or the run ends. In batches
@@ -27,7 +20,7 @@ import math
 import os
 import random
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from typing import Literal
@@ -36,7 +29,6 @@ import peft
 import torch
 import transformers
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Sampler
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
@@ -105,19 +97,16 @@ COPY = -1                               # the id of an item that only fills up a
 
 def judgement(row):
     """A line's kind, its completions' fields, its label or score (1 for a pair: it has none)."""
-    given = {name for name in FIELDS if row.get(name) is not None}
+    given, score = {name for name in FIELDS if row.get(name) is not None}, row.get("score")
     if given == {"prompt", "chosen", "rejected"}:
         return PAIR, ("chosen", "rejected"), 1.0
-    if given == {"prompt", "completion", "label"}:
-        if row["label"] not in (0, 1):
-            raise ValueError(f"label: {row['label']!r} is not true, false, 1 or 0")
+    if given == {"prompt", "completion", "label"} and row["label"] in (0, 1):
         return LABEL, ("completion",), float(row["label"])
-    if given == {"prompt", "completion", "score"}:
-        if type(row["score"]) not in (int, float) or not 0 <= row["score"] <= 1:
-            raise ValueError(f"score: {row['score']!r} is not a number from 0 to 1")
-        return SCORE, ("completion",), float(row["score"])
-    raise ValueError("a line has prompt and either chosen, rejected or completion, label or "
-                     "completion, score")
+    if (given == {"prompt", "completion", "score"} and type(score) in (int, float)
+            and 0 <= score <= 1):
+        return SCORE, ("completion",), float(score)
+    raise ValueError("a line has prompt, and either chosen and rejected, or completion and label "
+                     "(true, false, 1 or 0), or completion and score (0 to 1)")
 
 
 def form(text):
@@ -130,9 +119,15 @@ def form(text):
     return kinds.pop()
 
 
-def encode_string(text, tokenizer):
-    """The tokenizer may open a text, with begin-of-text, unless it begins so already, but must not
-    close it: a prompt goes on, and a completion is closed later, where it has no end."""
+def encode(text, tokenizer, answered):
+    """Token ids of a prompt or, if it is answered, of prompt and completion."""
+    if form(text) is int:
+        return text
+    if form(text) is dict:
+        return tokenizer.apply_chat_template(text, add_generation_prompt=not answered,
+                                             return_dict=False)
+    # The tokenizer may open a text, with begin-of-text, unless it begins so already, but must not
+    # close it: a prompt goes on, and a completion is closed later, where it has no end.
     bare, ids = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
     if ids[-len(bare) - 1:] == bare + [tokenizer.eos_token_id]:
         ids = ids[:-1]
@@ -140,39 +135,27 @@ def encode_string(text, tokenizer):
     return bare if bare[:len(opening)] == opening else ids
 
 
-def encode(text, tokenizer, answered):
-    """Token ids of a prompt or, if it is answered, of prompt and completion."""
-    if form(text) is int:
-        return text
-    if form(text) is str:
-        return encode_string(text, tokenizer)
-    text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=not answered)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 def encode_answered(prompt, completion, tokenizer):
-    """Token ids of both, as one text."""
+    """Token ids of both, as one text. Of messages a completion is one."""
     of = form(completion)
     if of is not form(prompt) or of is dict and len(completion) > 1:
         raise ValueError("prompt and completion are not both strings, messages or token ids")
     if not completion or of is dict and not completion[0].get("content"):
-        raise ValueError("it is empty")
+        raise ValueError("a completion is empty")
     return encode(prompt + completion, tokenizer, True)
 
 
-def item_of(row, where, tokenizer, vocabulary, max_length, counts):
+def item_of(row, tokenizer, vocabulary, max_length, counts):
     """What a line becomes; None for a pair of identical completions. A bad one ends the run.
 
     A token may reach across the prompt's end, as " b" does in "a " + "b": it is the completion's.
-    So the text has the tokens that it has as a whole, and both sides of a pair have one prompt.
+    So the text has the tokens that it has as a whole, and both sides of a pair have one prompt. It
+    ends with its first end-of-text, which strings without one are given. Ids stay as they are.
     """
     kind, names, given = judgement(row)
     prompt, end = row["prompt"], tokenizer.eos_token_id
-    with reading(f"{where}: prompt"):
-        alone, wholes = encode(prompt, tokenizer, False), []
-    for name in names:
-        with reading(f"{where}: {name}"):
-            wholes.append(encode_answered(prompt, row[name], tokenizer))
+    alone = encode(prompt, tokenizer, False)
+    wholes = [encode_answered(prompt, row[name], tokenizer) for name in names]
     asked = os.path.commonprefix([alone, *wholes])
     answers = [whole[len(asked):] for whole in wholes]
     if form(prompt) is str:
@@ -200,45 +183,37 @@ def item_of(row, where, tokenizer, vocabulary, max_length, counts):
 
 
 def read_lines(path, made_of, *more):
-    """made_of(row, where, *more) of each JSON line that has one. A bad line ends the run."""
+    """made_of(row, *more) of each JSON line that has one. A bad line ends the run."""
     made = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}: {line[:60]}"
-            with reading(where):
-                made.append(made_of(json.loads(line.decode("utf-8")), where, *more))
+            with reading(f"{path}, line {number}: {line[:60]}"):
+                made.append(made_of(json.loads(line), *more))
     made = [one for one in made if one is not None]
     if not made:
         raise ValueError("no feedback to learn from")
     return made
 
 
-def read(path, tokenizer, vocabulary, max_length):
-    """The file's items, and counts of what was dropped or cut."""
-    counts = Counter()
-    return read_lines(path, item_of, tokenizer, vocabulary, max_length, counts), counts
-
-
-def estimate_offsets(items, beta, counts, ramped, least=1e-4, few=8):
+def estimate_offsets(items, beta, counts, ramped):
     """f(x) + c = beta log Z(x) of each prompt, from its n scores: from max r - beta log n to max r.
     Scores of 0 and 1 have no logit and are taken for 0.0001 and 0.9999. A ramp begins at the logit
     of the mean score: there the residuals add up to 0, and no prompt's responses are all pushed one
     way."""
-    scores, offsets = {item["whole_prompt"]: [] for item in items}, {}
+    of_prompts = defaultdict(list)
     for item in items:
-        if item["kind"] == SCORE:
-            scores[item["whole_prompt"]].append(item["given"])
-    for prompt, given in scores.items():
-        if len(given) < 2:
+        of_prompts[item["whole_prompt"]].append(item)
+    for own in of_prompts.values():
+        scores = [item["given"] for item in own if item["kind"] == SCORE]
+        scores = torch.tensor(scores, dtype=torch.float64)
+        if len(scores) < 2:
             counts["prompts with fewer than 2 scores: f(x) + c is 0"] += 1
             continue
-        given_scores = torch.tensor(given, dtype=torch.float64)
-        offset = una.estimated_offset(given_scores.logit(least), beta).item()
-        offsets[prompt] = given_scores.mean().logit(least).item() if ramped else offset, offset
-        if len(given) < few:
-            counts[f"prompts with fewer than {few} scores: f(x) + c is a guess"] += 1
-    for item in items:
-        item["first_offset"], item["offset"] = offsets.get(item["whole_prompt"], (0.0, 0.0))
+        counts["prompts with fewer than 8 scores: f(x) + c is a guess"] += len(scores) < 8
+        offset = una.estimated_offset(scores.logit(1e-4), beta).item()
+        first = scores.mean().logit(1e-4).item() if ramped else offset
+        for item in own:
+            item["first_offset"], item["offset"] = first, offset
 
 
 def split(items, share):
@@ -320,38 +295,19 @@ def measure(facts):
 
 
 # ---------------------------------------------------------------- the trainer
-class EpochOrder(Sampler):
-    """An epoch's order: all items once, shuffled, then copies until all processes have full
-    batches. accelerate would repeat items there, and nothing would tell them from the real ones."""
-    def __init__(self, items, full, trainer):
-        self.items, self.trainer = len(items), trainer
-        self.copies = -self.items % full
-
-    def __len__(self):
-        return self.items + self.copies
-
-    def __iter__(self):
-        epoch = int(self.trainer.state.epoch or 0)      # of the checkpoint, if the run goes on
-        generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
-        yield from torch.randperm(self.items, generator=generator).tolist()
-        yield from [self.items] * self.copies           # behind the last item stands a copy
-
-
 class UNATrainer(transformers.Trainer):
     """The loss of a step is one mean over its items, however they are cut. Micro-batches add up and
-    DDP averages processes, so each micro-batch gives its sum x processes / items."""
+    DDP averages processes, so each micro-batch gives its sum x processes / items. If one of them
+    lacks a full batch, accelerate would repeat items: copies stand there, which do not count."""
     loss_is_scaled_for_ga = True        # or the Trainer might divide by the micro-batches as well
 
-    def __init__(self, settings, **options):
-        super().__init__(data_collator=collate, **options)
+    def __init__(self, settings, args, train_dataset, **options):
+        lacking = -len(train_dataset) % (args.train_batch_size * args.world_size)
+        copies = [dict(train_dataset[0], id=COPY)] * (lacking if args.world_size > 1 else 0)
+        super().__init__(args=args, train_dataset=train_dataset + copies, data_collator=collate,
+                         **options)
         self.how = settings.beta, settings.g, settings.anchor
         self.seen = []                  # the outcomes since the last log
-
-    def get_train_dataloader(self):
-        items, size = self.train_dataset, self._train_batch_size
-        order = EpochOrder(items, size * self.accelerator.num_processes, self)
-        return self.accelerator.prepare(DataLoader(
-            items + [dict(items[0], id=COPY)], size, sampler=order, collate_fn=collate))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and the number of its items in all processes."""
@@ -386,15 +342,12 @@ class UNATrainer(transformers.Trainer):
             with self.accelerator.autocast():
                 facts = outcome(self.model, batch, *self.how)
             parts.append(joined([self.accelerator.gather_for_metrics(facts)]))
-        facts = joined(parts)
-        if facts["id"].tolist() != list(range(len(items))):
-            stop(f"{len(facts['id'])} outcomes of {len(items)} items: some were left out", 1)
-        return facts
+        return joined(parts)
 
     def set_reference(self, items):
         """Stores the model's log-probabilities in the items. Returns outcomes, with rho = 0."""
         logprobs = self.outcomes(items)["rho"]          # while ref_logprob is 0
-        for item, logprob in zip(items, logprobs.tolist()):
+        for item, logprob in zip(items, logprobs.tolist(), strict=True):
             item["ref_logprob"] = logprob
         facts = self.outcomes(items)
         check_start(facts["rho"])
@@ -468,21 +421,15 @@ def save(trainer, lora, losses=()):
     trainer.save_model()
 
 
-def write_json(path, content):
-    """Whole, or not at all."""
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-    os.replace(path + ".part", path)
-
-
 def main(arguments=None):
     """Reads, trains, measures, saves. Bad input is one line and status 2."""
     settings, args = parse(arguments)
     with reading(f"--model {settings.model}"):
         tokenizer, config = load_tokenizer(settings.model)
+    counts = Counter()
     room = min(settings.max_length, getattr(config, "max_position_embeddings", math.inf))
     with reading(f"--data {settings.data}"):
-        items, counts = read(settings.data, tokenizer, config.vocab_size, room)
+        items = read_lines(settings.data, item_of, tokenizer, config.vocab_size, room, counts)
     if settings.offset != "zero":
         estimate_offsets(items, settings.beta, counts, settings.offset == "ramped")
     train, held = split(items, settings.heldout)
@@ -500,13 +447,16 @@ def main(arguments=None):
             say(count, name)
     say(f"{len(train)} items, {len(held)} held out. rho is 0 exactly for all of them")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    facts = trainer.outcomes(held or trainer.train_dataset[:1])
+    facts = trainer.outcomes(held or train[:1])
     save(trainer, settings.lora, [facts["loss"]])
     after = measure(facts) if held else {}
     if trainer.is_world_process_zero():
-        write_json(os.path.join(args.output_dir, "results.json"), dict(
-            settings=asdict(settings), items=dict(train=len(train), held=len(held)), counts=counts,
-            before=before, after=after))
+        told = dict(settings=asdict(settings), items=dict(train=len(train), held=len(held)),
+                    counts=counts, before=before, after=after)
+        path = os.path.join(args.output_dir, "results.json")
+        with open(path + ".part", "w", encoding="utf-8") as file:       # whole, or not at all
+            json.dump(told, file, indent=1, allow_nan=False)
+        os.replace(path + ".part", path)
     if held:
         say("held-out:", json.dumps(dict(before=before, after=after), indent=1))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import memory
@@ -21,7 +21,7 @@ import own_model
 import data
 import train
 import una
-from helpers import moved, near, normals, toy_gpt
+from helpers import moved, near
 from lab import exact, run
 from toy import LANGUAGE as SMALL
 
@@ -63,32 +63,10 @@ def same_numbers(monkeypatch):
         monkeypatch.setattr(trainer, "_generate_single_turn", sample)
 
 
-# ---------------------------------------------------------------- the model and its tokenizer
-def test_the_exported_gpt2_has_the_models_logits_also_beside_padding(tmp_path):
-    ours = toy_gpt()
-    toy.to_transformers(ours).save_pretrained(tmp_path)
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path).train()  # no dropout there either
-    tokens = torch.randint(26, (50, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(7) < (torch.arange(50) % 7 + 1)[:, None]
-    expected, back = ours(tokens), toy.from_transformers(hf)
-    assert back.config == ours.config and torch.equal(back(tokens), expected)
-    assert hf.dtype == torch.float32 and expected.std() > 1
-    with torch.no_grad():
-        assert near(hf(tokens).logits, expected, 1e-4)
-        padded = hf(tokens.where(mask, data.EOT), attention_mask=mask.long()).logits
-        assert near(padded[mask], expected[mask], 1e-4)
-        # This matrix is square: the wrong way round it would load as well.
-        hf.transformer.h[1].attn.c_proj.weight.copy_(ours.h[1].attn.c_proj.weight)
-        assert not near(hf(tokens).logits, expected, 0.1)
-
-
+# ---------------------------------------------------------------- tokenizer, evaluate
 def test_the_tokenizer_is_the_encoding_and_reads_whatever_it_writes(tmp_path):
     toy.tokenizer().save_pretrained(tmp_path)
     words = AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*data.PROMPTS, "", " still", " : night furious dancing", "sad sea : bright sea"]:
-        tokens = data.ENCODING.encode(text)
-        assert words(text)["input_ids"] == tokens and words.decode(tokens) == text
-        assert words(text + "<|endoftext|>")["input_ids"] == [*tokens, data.EOT]
     for tokens in ([i, j] for i in range(26) for j in range(26)):          # "happyhappy" too
         assert words.decode(tokens) == data.ENCODING.decode(tokens)
         assert words(words.decode(tokens))["input_ids"] == tokens
@@ -96,29 +74,6 @@ def test_the_tokenizer_is_the_encoding_and_reads_whatever_it_writes(tmp_path):
     for unknown in ("happy  sea :", " brightest", " blue"):
         with pytest.raises(Exception, match="UNK"):
             words(unknown)
-
-
-# ---------------------------------------------------------------- write, evaluate
-def rows(batch, chosen=(), rejected=(), binary=(), scored=()):
-    """What the files should say of some responses of a batch."""
-    x, y = zip(*((i[:3].tolist(), i[kept].tolist()) for i, kept in zip(batch.tokens, batch.mask)))
-    return ([dict(prompt=x[i], chosen=y[i], rejected=y[j]) for i, j in zip(chosen, rejected)]
-            + [dict(prompt=x[i], completion=y[i], label=bool(batch.labels[i])) for i in binary]
-            + [dict(prompt=x[i], completion=y[i], score=batch.scores[i].item()) for i in scored])
-
-
-def test_the_files_are_the_feedback_that_train_py_collects(exported):
-    feedback, kinds = exported.feedback, ("pairs", "binary", "scores", "mixed")
-    pairs, binary, scores, mixed = (toy.read(exported.folder / f"{kind}.jsonl") for kind in kinds)
-    assert pairs == rows(feedback, *feedback.pairs.T) and len(pairs) < 100    # no identical ones
-    assert binary == rows(feedback, binary=range(198))
-    assert scores == rows(feedback, scored=range(198))
-    of = next(data.stored_batches("mixed", feedback, 198, seed=0))            # all, shuffled
-    expected = rows(of, of.chosen, of.rejected, of.binary, of.scored)
-    assert sorted(mixed, key=str) == sorted(expected, key=str)
-    completions = [row["completion"] for row in binary]
-    assert {len(y) for y in completions if data.EOT not in y} == {2}          # they were cut off
-    assert {y.index(data.EOT) - len(y) for y in completions if data.EOT in y} == {-1}
 
 
 def test_a_policy_is_measured_as_train_py_measures_it(exported, tmp_path, capsys):
@@ -138,8 +93,7 @@ def test_a_policy_is_measured_as_train_py_measures_it(exported, tmp_path, capsys
     ("evaluate . wider", "on_the_toy.py: wider: n_head is 4, the reference's is 2"),
     ("evaluate . gelu",
      "on_the_toy.py: gelu: activation_function is gelu, the reference's is gelu_new"),
-    ("evaluate . nowhere", "on_the_toy.py: [Errno 2] No such file or directory: 'nowhere"),
-    ("write nowhere --judged 23", "train.py: --judged must be even and at least 24, got 23")])
+    ("evaluate . nowhere", "on_the_toy.py: [Errno 2] No such file or directory: 'nowhere")])
 def test_a_mistake_is_one_line_and_status_2(arguments, message, exported, monkeypatch, capsys):
     monkeypatch.chdir(exported.folder)
     AutoConfig.from_pretrained("reference", n_head=4).save_pretrained("wider")
@@ -193,41 +147,6 @@ def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(exp
     assert near(loss, losses.mean(), 1e-5)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("grpo", {}), ("grpo", dict(scale_rewards="none")), ("rloo", {}), ("una-online", {})])
-def test_trls_losses_of_samples_are_una_pys(name, options, exported, tmp_path):
-    """Value and gradient, of a policy that has moved; GRPO's where it has moved on since, too.
-    RLOO's gradient alone: TRL has the ratio where una.py has log pi."""
-    trainer, policy, _ = trl_and_us(exported, name, 1, tmp_path)
-    policy = moved(policy, scale=0.2)
-    trainer.model.transformer.load_state_dict(toy.transposed(policy.state_dict()))
-    trainer.current_gradient_accumulation_steps, trainer.state.global_step = 1, 1
-    vars(trainer).update(options)
-    samples = trainer._generate_and_score_completions(
-        [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS for _ in range(16)])
-    x, y, mask = (samples[of] for of in ("prompt_ids", "completion_ids", "completion_mask"))
-    tokens, mask = data.join(x, y, mask.bool())
-    new, ref = (train.logprob(model, tokens, mask, una.token_logprobs)
-                for model in (policy, exported.reference))
-    rewards = data.reward(x, y)
-    if name == "grpo":
-        old = samples["old_per_token_logps"] = new.detach() + 0.3 * normals(0)(*new.shape).float()
-        advantages = una.grpo_advantages(rewards, 16, divide=not options)
-        losses = una.grpo_loss(new, old, ref, advantages, mask[:, 3:], 0.25, clip=0.2)
-    else:
-        losses = train.METHODS[name].loss(policy, SimpleNamespace(
-            tokens=tokens, mask=mask, rewards=rewards, ref_logprob=ref.sum(1), per_prompt=16,
-            offset=0.0), 0.25)
-    theirs = trainer._compute_loss(trainer.model, trl.trainer.utils.shuffle_sequence_dict(samples))
-    assert name == "rloo" or near(theirs, losses.mean(), 1e-5)
-    theirs.backward()
-    losses.mean().backward()
-    slopes = {part: of.grad for part, of in trainer.model.transformer.named_parameters()}
-    for part, slope in toy.transposed(slopes).items():
-        assert near(slope, policy.get_parameter(part).grad, 1e-5), part
-    assert max(of.grad.abs().max() for of in policy.parameters()) > 0.01
-
-
 # ---------------------------------------------------------------- online.py
 PLAIN = ("--optim sgd --lr_scheduler_type constant --learning_rate 0.5 --max_grad_norm 0 "
          "--max_steps 2 --num_generations 8 --max_completion_length 2 --beta 0.25 --judge "
@@ -274,11 +193,11 @@ def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_
 
 
 def too_few(prompts, completions):
-    return [0.0] * (len(prompts) - 1)
+    return [0.0]
 
 
 def nan(prompts, completions):
-    return [float("nan"), *too_few(prompts, completions)]
+    return [float("nan")] * len(prompts)
 
 
 GOOD = dict(prompt="happy wind :")
@@ -286,12 +205,10 @@ GOOD = dict(prompt="happy wind :")
 
 @pytest.mark.parametrize("flags, lines, message", [
     *((f"{flag} 2", None, f"flags: .*{flag}") for flag in (
-        "--loss_type", "--scale_rewards", "--num_iterations", "--temperature", "--top_k",
-        "--steps_per_generation", "--mask_truncated_completions", "--resume_from_checkpoint")),
+        "--loss_type", "--num_iterations", "--temperature", "--resume_from_checkpoint")),
     ("--beta 0", None, "flags: must be: --beta > 0"),
     ("--num_generations 7", None, "flags: .*24.* must be divisible by num_generations .7"),
     ("--judge nowhere:f", None, "--judge nowhere:f: No module named 'nowhere'"),
-    ("--judge math", None, "--judge math: 'module' object is not callable"),
     ("--judge math:f", None, "--judge math:f: .*no attribute 'f'"),
     ("--judge math:pi", None, "--judge math:pi: 'float' object is not callable"),
     ("--judge operator:add", None, "--judge operator:add: could not convert string"),
@@ -300,7 +217,6 @@ GOOD = dict(prompt="happy wind :")
     ("--model nowhere", None, "--model nowhere: "),
     ("--prompts nowhere", None, "--prompts nowhere: .*No such file"),
     ("", [{}], "line 1: b'{}': 'None' is no string"),
-    ("", [GOOD, [1]], r"line 2: b'\[1\]'"),
     ("", [dict(prompt=[1])], "line 1: .*: TRL takes a text"),
     ("", [dict(prompt="")], "line 1: .*it has 0 tokens: 1 to 5 fit"),
     ("", [dict(prompt="happy sea : sea sea sea")], "line 1: .*it has 6 tokens: 1 to 5 fit"),
@@ -313,11 +229,14 @@ def test_online_pys_bad_input_is_one_line(flags, lines, message, exported, tmp_p
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(PROGRAM)]
     assert ended.value.code == 2 and len(said) == 1 and re.search(message, said[0]), said
     assert not [*tmp_path.glob("out/*")]
+
+
+def test_online_py_refuses_a_tokenizer_that_ends_prompts():
     closing = toy.tokenizer()
     closing.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", data.EOT)])
     with pytest.raises(ValueError, match="a text that no tokenizer ends"):
-        online.prompt_of(GOOD, "", closing, 5)
+        online.prompt_of(GOOD, closing, 5)
 
 
 def test_a_run_online_that_starts_elsewhere_or_diverges_ends_and_saves_nothing(

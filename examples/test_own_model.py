@@ -52,9 +52,9 @@ def a_tokenizer(closing=False, **special):
 def a_model(kind=transformers.GPT2LMHeadModel, **config):
     """Two layers, dropout as usual."""
     torch.manual_seed(0)
-    return kind(transformers.GPT2Config(**dict(
+    return kind(transformers.GPT2Config(
         vocab_size=len(WORDS), n_embd=8, n_layer=2, n_head=2, n_positions=32, bos_token_id=None,
-        eos_token_id=1, initializer_range=0.3) | config))
+        eos_token_id=1, initializer_range=0.3, **config))
 
 
 def saved(path, *parts):
@@ -98,19 +98,16 @@ def run(folder, rows, out, *options):
 
 
 def items_of(rows, tmp_path, tokenizer=None, max_length=32):
-    tokenizer = tokenizer or a_tokenizer()
-    return own_model.read(write(tmp_path / "rows.jsonl", rows), tokenizer, len(tokenizer),
-                          max_length)
+    """What the rows become, and what was counted."""
+    tokenizer, counts = tokenizer or a_tokenizer(), Counter()
+    return own_model.read_lines(write(tmp_path / "rows.jsonl", rows), own_model.item_of, tokenizer,
+                                len(tokenizer), max_length, counts), counts
 
 
 def plain_logprob(model, prompt, completion):
-    """log pi(y|x), a token at a time: no padding, no batch, no mask."""
-    total, tokens = 0.0, list(prompt)
-    for token in completion:
-        logits = model(torch.tensor([tokens])).logits[0, -1]
-        total = total + torch.log_softmax(logits, -1)[token]
-        tokens.append(token)
-    return total
+    """log pi(y|x) of one response alone: no padding, no batch, no mask."""
+    logprobs = model(torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
+    return sum(logprobs[len(prompt) + t - 1, token] for t, token in enumerate(completion))
 
 
 def completions(row):
@@ -141,14 +138,15 @@ def loaded(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
 
 
-def weights(path):
-    return loaded(path).state_dict()
+def moves(a, b):
+    """By how much each weight differs in two folders."""
+    a, b = loaded(a).state_dict(), loaded(b).state_dict()
+    return {name: b[name] - a[name] for name in a.keys() | b.keys()}
 
 
 def farthest(a, b):
     """The largest difference of two folders' weights."""
-    a, b = weights(a), weights(b)
-    return max((a[name] - b[name]).abs().max().item() for name in a.keys() | b.keys())
+    return max(move.abs().max().item() for move in moves(a, b).values())
 
 
 # ---------------------------------------------------------------- losses, gradients, steps
@@ -161,40 +159,21 @@ def test_a_step_is_the_gradient_of_the_mean_over_all_items_however_they_are_cut(
     run(folder, rows, tmp_path / "out", "--heldout", "0", "--max_steps", "1", "--g", g,
         "--learning_rate", "1", "--per_device_train_batch_size", str(batch),
         "--gradient_accumulation_steps", str(micro_batches), "--anchor", str(anchor), *more)
-    policy, start, trained = loaded(folder), weights(folder), weights(tmp_path / "out")
-
-    def farthest_step(anchor):
-        """How far a step is from the gradient with this anchor."""
-        losses, _ = written_out(policy, loaded(folder), rows, 0.1, g, anchor)
-        policy.zero_grad()
-        (sum(losses) / 7).backward()
-        return max(((start[name] - trained[name] - weight.grad).abs() - 1e-4 * weight.grad.abs())
-                   .max() for name, weight in policy.named_parameters())
-
-    assert farthest_step(anchor) < 2e-6 and farthest_step(anchor + 0.05) > 0.01
-    assert max(p.grad.abs().max() for p in policy.parameters()) > 0.01
+    policy, step = loaded(folder), moves(tmp_path / "out", folder)
+    losses, _ = written_out(policy, loaded(folder), rows, 0.1, g, anchor)
+    (sum(losses) / 7).backward()
+    for name, weight in policy.named_parameters():
+        torch.testing.assert_close(step[name], weight.grad, rtol=1e-4, atol=2e-6)
+    assert max(weight.grad.abs().max() for weight in policy.parameters()) > 0.01
 
 
-def test_the_anchors_mean_over_the_references_responses_has_the_gradient_of_kl_ref_policy():
-    """All responses of one token, each in a pair with itself: such a pair's own loss is log 2."""
-    policy, words = a_model().eval(), range(len(WORDS))
-    reference = torch.softmax(torch.linspace(-2, 2, len(WORDS)), 0)
-    batch = own_model.collate([
-        dict(id=y, kind=own_model.PAIR, prompt=(5, 6), completions=[[y], [y]], given=1.0,
-             first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0]) for y in words])
-    loss = own_model.outcome(policy, batch, 0.1, "mse", anchor=0.3)["loss"] @ reference
-    logprobs = torch.log_softmax(policy(torch.tensor([[5, 6]])).logits[0, -1], -1)
-    kl = 0.3 * (reference * (reference.log() - logprobs)).sum()
-    the_other = 0.3 * (logprobs.exp() * (logprobs - reference.log())).sum()
-    gradient, expected, other = (torch.cat([part.flatten() for part in torch.autograd.grad(
-        of, policy.parameters(), retain_graph=True)]) for of in (loss, kl, the_other))
-    assert (gradient - expected).abs().max() < 1e-5 and (gradient - other).abs().max() > 0.01
-
-
-def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop(folder, tmp_path):
+@pytest.mark.parametrize("lora", [[], ["--lora", "2", "--activation_checkpointing", "True"]])
+def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop_on_what_is_saved(
+        folder, tmp_path, lora):
+    """Saved is W + BA, added up; measured was W beside BA."""
     rows, out = feedback(40), tmp_path / "out"
     results = run(folder, rows, out, "--beta", "0.7", "--heldout", "0.5", "--max_steps", "6",
-                  "--per_device_eval_batch_size", "7")
+                  "--per_device_eval_batch_size", "7", *lora)
     assert results["items"] == dict(train=20, held=20) and results["settings"]["beta"] == 0.7
     held = {item["prompt"] for item in own_model.split(items_of(rows, tmp_path)[0], 0.5)[1]}
     rows = [row for row in rows if tuple(ids(row["prompt"])) in held]
@@ -212,21 +191,23 @@ def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop(folder, tm
             pairs_in_order=[1.0 if a > b else 0.5 if a == b else 0 for a, b in pairs],
             kl_ref_policy=[-each / 0.7 for reward in rewards for each in reward])
         for name, parts in expected.items():
-            assert measured[name] == pytest.approx(float(sum(parts) / len(parts)), abs=2e-6), name
+            assert measured[name] == pytest.approx(float(sum(parts) / len(parts)), abs=5e-6), name
     scored = torch.tensor([(reward[0].sigmoid(), row["score"])
                            for reward, row in zip(rewards, rows) if "score" in row])
     assert measured["score_correlation"] == pytest.approx(
         torch.corrcoef(scored.T)[0, 1].item(), abs=1e-4)
-    assert up and down and farthest(folder, out) > 0.1 and not list(out.glob("*.part"))
+    trained = [move for move in moves(folder, out).values() if move.any()]
+    assert max(move.abs().max() for move in trained) > 0.01 and not list(out.glob("*.part"))
+    assert not lora or all(torch.linalg.matrix_rank(move, atol=1e-6) <= 2 for move in trained)
     assert transformers.AutoTokenizer.from_pretrained(out).encode("a good") == ids("a good")
 
 
-def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folder, tmp_path):
-    """11 items: the second step of an epoch has 3 of them, and copies that must not count."""
+def test_two_processes_are_one_also_if_they_go_on_from_a_checkpoint(folder, tmp_path):
+    """Each step has all 11 items, and on two processes a copy, which must not count."""
     one, two, gone_on = (tmp_path / name for name in ("one", "two", "gone_on"))
-    options = ["--num_train_epochs", "2", "--logging_steps", "1", "--heldout", "0.2",
-               "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
-    results = run(folder, feedback(14), one, *options, "--per_device_train_batch_size", "8")
+    options = ["--num_train_epochs", "4", "--logging_steps", "1", "--heldout", "0.2",
+               "--save_strategy", "epoch", "--save_total_limit", "2"]
+    results = run(folder, feedback(14), one, *options, "--per_device_train_batch_size", "11")
     assert results["items"] == dict(train=11, held=3)
     for source in (HERE / "own_model.py", HERE.parent / "una.py"):
         shutil.copy(source, tmp_path)                            # a copy of una.py serves as well
@@ -235,25 +216,22 @@ def test_two_processes_are_one_also_if_they_go_on_in_the_midst_of_an_epoch(folde
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
              "own_model.py", "--model", folder, "--data", f"{one}.jsonl", "--output_dir", str(out),
              *PLAIN, *options, "--per_device_train_batch_size", "2",
-             "--gradient_accumulation_steps", "2", *more],
+             "--gradient_accumulation_steps", "3", *more],
             cwd=tmp_path, capture_output=True, encoding="utf-8")
         assert ended.returncode == 0, ended.stderr
     assert farthest(one, two) < 1e-6 and farthest(one, folder) > 0.03
     assert farthest(two, gone_on) == 0
-    histories = [json.loads((out / "checkpoint-4/trainer_state.json").read_text(encoding="utf-8"))
-                 ["log_history"] for out in (one, two, gone_on)]
-    for ours, *theirs in zip(*histories):
-        # In the first step rounding alone decides what depends on the order of zeros.
-        undecided = {"score_correlation", "pairs_in_order"} if ours["step"] == 1 else set()
-        for name in ours.keys() - undecided - {"epoch"}:
-            for value in theirs:
-                assert ours[name] == pytest.approx(value[name], rel=1e-3, abs=1e-5), name
     for out in two, gone_on:
         told = json.loads((out / "results.json").read_text(encoding="utf-8"))
         assert told["after"] == pytest.approx(results["after"], abs=1e-5)
+    ours, *others = [json.loads((out / "checkpoint-4/trainer_state.json").read_text("utf-8"))
+                     ["log_history"][1:] for out in (one, two, gone_on)]     # the first is of zeros
+    for other in others:
+        for mine, logged in zip(ours, other, strict=True):
+            assert logged == pytest.approx(mine | dict(epoch=logged["epoch"]), rel=1e-3, abs=1e-5)
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_is_one_that_was_not_broken(folder, tmp_path):
+def test_a_run_that_goes_on_in_the_midst_of_an_epoch_is_one_that_was_not_broken(folder, tmp_path):
     """The reference is --model's, not the checkpoint's."""
     rows, options = feedback(14), [
         "--max_steps", "8", "--optim", "adamw_torch", "--adam_beta2", "0.9", "--learning_rate",
@@ -269,30 +247,6 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_one_that_was_not_broken(folder,
 
 
 # ---------------------------------------------------------------- the reference
-def test_the_reference_is_the_models_own_and_stays_beside_the_data(folder, tmp_path, monkeypatch):
-    """One pass computes it, one compares it, then come two epochs, and the end measures one item.
-    None of them takes more items at a time than training does."""
-    outcome, seen = own_model.outcome, []
-    monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
-        seen.append((batch, torch.is_grad_enabled())) or outcome(model, batch, *how)))
-    rows, model = feedback(6), loaded(folder)
-    run(folder, rows, tmp_path / "out", "--heldout", "0", "--num_train_epochs", "2",
-        "--save_strategy", "epoch", "--per_device_train_batch_size", "4")
-    assert [gradients for _, gradients in seen] == [False] * 4 + [True] * 4 + [False]
-    given = [batch["id"].tolist() for batch, _ in seen]
-    assert [*map(len, given)] == [4, 2, 4, 2, 4, 4, 4, 4, 1]
-    epochs = given[4] + given[5], given[6] + given[7]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == [-1, -1, *range(6)] and epochs[0] != epochs[1]
-    assert (tmp_path / "out/checkpoint-4").is_dir()
-    with torch.no_grad():
-        expected = [[float(plain_logprob(model, ids(row["prompt"]), y)) for y in completions(row)]
-                    for row in rows]
-    for batch, _ in seen[2:]:
-        for number, logprob in zip(batch["id"].tolist(), batch["ref_logprob"].tolist()):
-            known = expected[0 if number == own_model.COPY else number]
-            assert logprob == pytest.approx(known + [0.0] * (2 - len(known)), abs=1e-5)
-
-
 def ends(capsys, status, *arguments):
     """The one line with which main ends."""
     with pytest.raises(SystemExit) as end:
@@ -308,27 +262,19 @@ def test_before_training_every_rho_is_0_or_the_run_ends(folder, tmp_path, capsys
     before = run(folder, rows, tmp_path / "out", "--max_steps", "1")["before"]
     assert "12 items, 1 held out. rho is 0 exactly for all of them\n" in capsys.readouterr().out
     assert before["kl_ref_policy"] == 0 and loaded(tmp_path / "out").config.resid_pdrop == 0
-    load, loader = own_model.load_model, own_model.UNATrainer.get_test_dataloader
+    load = own_model.load_model
     flags = ["--model", folder, "--data", f"{tmp_path / 'out'}.jsonl", "--heldout", "0",
              "--output_dir", str(tmp_path / "no")]
 
-    def with_dropout(*arguments):
-        model = load(*arguments)
-        model.transformer.drop = torch.nn.Dropout(0.1)
-        return model
+    for spoil in (lambda of: setattr(of, "drop", torch.nn.Dropout(0.1)),
+                  lambda of: of.wpe.weight.data[15].fill_(math.nan)):   # in the last batch alone
+        def spoilt(*arguments, spoil=spoil):
+            model = load(*arguments)
+            spoil(model.transformer)
+            return model
 
-    def with_nan(*arguments):                           # met by the last item's batch alone
-        model = load(*arguments)
-        model.transformer.wpe.weight.data[15] = math.nan
-        return model
-
-    for spoilt in with_dropout, with_nan:
         monkeypatch.setattr(own_model, "load_model", spoilt)
         assert "random or not finite" in ends(capsys, 1, *flags)
-    monkeypatch.setattr(own_model, "load_model", load)
-    monkeypatch.setattr(own_model.UNATrainer, "get_test_dataloader",
-                        lambda self, items: list(loader(self, items))[:-1])
-    assert "8 outcomes of 13 items: some were left out" in ends(capsys, 1, *flags)
     assert not (tmp_path / "no" / "results.json").exists()
 
 
@@ -344,80 +290,42 @@ def test_bfloat16_computes_in_it_and_keeps_the_weights_in_float32(folder, tmp_pa
         tmp_path / "True", dtype="auto").parameters()} == {torch.float32}
 
 
-def test_lora_is_added_up_before_saving(folder, tmp_path, monkeypatch):
-    tokens, trained = torch.tensor([[5, 6, 7, 8, 9]]), []
-    merge = own_model.peft.LoraModel.merge_and_unload
-
-    def look_and_merge(self):
-        with torch.no_grad():
-            trained.append(self(input_ids=tokens).logits)
-        return merge(self)
-
-    monkeypatch.setattr(own_model.peft.LoraModel, "merge_and_unload", look_and_merge)
-    results = run(folder, feedback(12), tmp_path / "out", "--lora", "2", "--max_steps", "8",
-                  "--heldout", "0.3", "--activation_checkpointing", "True")
-    assert results["before"]["kl_ref_policy"] == 0 != results["after"]["kl_ref_policy"]
-    with torch.no_grad():
-        merged, start = (loaded(path)(tokens).logits for path in (tmp_path / "out", folder))
-    torch.testing.assert_close(merged.float(), trained[0], rtol=1e-5, atol=1e-5)
-    assert (merged - start).abs().max() > 0.01
-    old, new = weights(folder), weights(tmp_path / "out")
-    moves = [new[name] - old[name] for name in old if not torch.equal(old[name], new[name])]
-    assert moves and all(torch.linalg.matrix_rank(move, atol=1e-6) <= 2 for move in moves)
-
-
 # ---------------------------------------------------------------- from text to batches
-def lossless(spaces, closing=False, **special):
-    """A tokenizer whose tokens decode to the text: as GPT-2's, of bytes, or as SentencePiece's,
-    which puts a space before a text. Its vocabulary is learned from a few words."""
-    words = Tokenizer(models.BPE())
+@pytest.mark.parametrize("spaces, closing, special", [
+    (False, False, {}), (True, False, {}), (True, True, dict(bos_token="<bos>")),
+    (False, False, dict(padding_side="left"))], ids=["bytes", "spaces", "opening", "left"])
+def test_decoded_back_the_tokens_are_the_text(spaces, closing, special, tmp_path):
+    """Tokens as GPT-2's, of bytes, or as SentencePiece's, which puts a space before a text."""
+    words, apart = Tokenizer(models.BPE()), []
     words.pre_tokenizer = (pre_tokenizers.Metaspace(prepend_scheme="first") if spaces else
                            pre_tokenizers.ByteLevel(add_prefix_space=False))
     words.decoder = decoders.Metaspace(prepend_scheme="first") if spaces else decoders.ByteLevel()
     words.train_from_iterator(["Say: hello world, hello again"] * 9, trainers.BpeTrainer(
-        vocab_size=60, special_tokens=WORDS[:3] + ["<turn>"], show_progress=False))
+        vocab_size=60, special_tokens=WORDS[:3], show_progress=False))
     if closing:
         words.post_processor = CLOSING
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>",
-                                                **special)
-    made.chat_template = ("<bos>{% for m in messages %}{{ m.role + ': ' + m.content + '<turn>' }}"
-                          "{% endfor %}{% if add_generation_prompt %}{{ 'again:' }}{% endif %}")
-    return made
-
-
-@pytest.mark.parametrize("options", [
-    dict(spaces=False), dict(spaces=True), dict(spaces=True, closing=True, bos_token="<bos>"),
-    dict(spaces=False, padding_side="left")], ids=["bytes", "spaces", "opening", "left"])
-def test_decoded_back_the_tokens_are_the_text(options, tmp_path):
-    tokenizer, apart = lossless(**options), []
-
-    def bare(text):
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    for x, chosen, rejected, asked in [
-            ("Say:", "hello", " hello", "Say:"), ("Say:", " hello", ", hello", "Say:"),
-            ("Say: ", "hello", "world", "Say:"), ("<bos>Say:", "hello", " world", "<bos>Say:"),
-            ([dict(role="dear", content="hello")], "hello", "world",
-             "<bos>dear: hello<turn>again:")]:
-        chat, answers = not isinstance(x, str), [chosen, rejected]
-        if chat:
-            answers = [[dict(role="again", content=y)] for y in answers]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>",
+                                                     **special)
+    for x, *answers in [("Say:", "hello", " hello"), ("Say:", " hello", ", hello"),
+                        ("Say: ", "hello", "world"), ("<bos>Say:", "hello", " world")]:
         row = dict(prompt=x, chosen=answers[0], rejected=answers[1])
         [item], counts = items_of([row], tmp_path, tokenizer)
-        prompt = list(item["prompt"])
-        for y, given in zip(item["completions"], (chosen, rejected)):
-            text = f"{asked} {given}<turn>" if chat else f"{x}{given}<eos>"
-            added = "closing" in options and not text.startswith("<bos>")
-            assert [*prompt, *y] == [2] * added + bare(text)
+        prompt, added = list(item["prompt"]), closing and x[0] != "<"
+        for y, answer in zip(item["completions"], answers):
+            text = f"{x}{answer}<eos>"
+            assert [*prompt, *y] == [2] * added + tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.decode([*prompt, *y][added:]) == text
-            assert tokenizer.decode(prompt[added:]) == asked
-            apart.append(prompt + bare(text[len(asked):]) != [*prompt, *y])
+            assert tokenizer.decode(prompt[added:]) == x.rstrip()
+            rest = text.removeprefix(x.rstrip())
+            apart.append(tokenizer.encode(rest, add_special_tokens=False) != y)
         assert sum(counts.values()) == (x == "Say: ")
-    assert any(apart) == options["spaces"]          # as one text, not one behind the other
+    assert any(apart) == spaces                         # as one text, not one behind the other
 
 
 def test_texts_messages_and_ids_become_tokens_with_one_end_of_text(tmp_path):
     closing = a_tokenizer(closing=True, eos_token="<eos>", bos_token="<bos>")
+    turns = a_tokenizer()
+    turns.chat_template = TEMPLATE.replace("<eos>", "k")        # its turns do not end with <eos>
     chat = [dict(role="user", content="a"), dict(role="assistant", content="b"),
             dict(role="user", content="c")]
     asked = "user : a <eos> assistant : b <eos> user : c <eos> assistant :"
@@ -429,7 +337,8 @@ def test_texts_messages_and_ids_become_tokens_with_one_end_of_text(tmp_path):
             (closing, "<bos> c <eos>", "<eos>", "<bos> c <eos>", "<eos>"),
             (None, ids("a"), ids("b <eos> c"), "a", "b <eos> c"),
             (None, chat, answer, asked, "good <eos>"),
-            (closing, chat, answer, asked, "good <eos>")]:
+            (closing, chat, answer, asked, "good <eos>"),
+            (turns, chat, answer, asked.replace("<eos>", "k"), "good k")]:
         rows = [dict(prompt=prompt, completion=completion, label=label, score=None, judge=3)
                 for label in (True, False, 1, 0)]
         items, counts = items_of(rows, tmp_path, tokenizer)
@@ -466,26 +375,28 @@ def test_the_estimated_offset_is_beta_log_mean_exp_of_the_prompts_logits(
              score=0.3), dict(prompt="a b ", chosen="g", rejected="h")]
     rows += [dict(prompt="e ", completion=y, score=0.5) for y in "abcdefgh"]
     odds = [(s / (1 - s)) ** 2 for s in (0.2, 0.9, 1 - 1e-4)]    # beta = 0.5: e^{r/beta}
-    expected = {"a b ": 0.5 * math.log(sum(odds) / 3), "c ": 0.0, "e ": 0.0}
-    items, _ = items_of(rows, tmp_path)
-    counts = Counter()
+    last, mean = 0.5 * math.log(sum(odds) / 3), math.log(2.1 / 0.9)      # the mean score is 0.7
+    items, counts = items_of(rows, tmp_path)
     own_model.estimate_offsets(items, 0.5, counts, ramped=False)
-    for name in "offset", "first_offset":
-        assert [item[name] for item in items] == pytest.approx(
-            [expected[row["prompt"]] for row in rows])
-    assert counts == {"prompts with fewer than 2 scores: f(x) + c is 0": 1,
-                      "prompts with fewer than 8 scores: f(x) + c is a guess": 1}
+    assert [item["offset"] for item in items] == pytest.approx(
+        [last if row["prompt"] == "a b " else 0 for row in rows])
+    assert +counts == {"prompts with fewer than 2 scores: f(x) + c is 0": 1,
+                       "prompts with fewer than 8 scores: f(x) + c is a guess": 1}
     rows = [dict(row, prompt=x) for x in ("a b ", "c ") for row in rows[:4]]     # one is held out
     outcome, seen = own_model.outcome, []
-    monkeypatch.setattr(own_model, "outcome", lambda model, batch, *how: (
-        seen.extend(batch["offset"].unique().tolist() if torch.is_grad_enabled() else [])
-        or outcome(model, batch, *how)))
-    last, mean = expected["a b "], math.log(2.1 / 0.9)           # the mean score is 0.7
+
+    def look(model, batch, *how):
+        assert len(batch["id"]) <= 2                    # the reference's batches are no larger
+        if torch.is_grad_enabled():
+            seen.append(batch["offset"].mean().item())
+        return outcome(model, batch, *how)
+
+    monkeypatch.setattr(own_model, "outcome", look)
     for how, path in ("estimated", [last] * 6), ("ramped", [
             mean, mean + (last - mean) / 3, mean + (last - mean) * 2 / 3, last, last, last]):
         seen.clear()
         results = run(folder, rows, tmp_path / "out", "--offset", how, "--beta", "0.5",
-                      "--heldout", "0.5", "--max_steps", "6")
+                      "--heldout", "0.5", "--max_steps", "6", "--per_device_train_batch_size", "2")
         assert results["before"]["reward_chosen"] == pytest.approx(last, rel=1e-6)
         assert results["before"]["kl_ref_policy"] == 0
         assert seen == pytest.approx(path, rel=1e-5) and last - mean > 0.1
@@ -495,94 +406,92 @@ def test_held_out_prompts_are_not_trained_on_and_do_not_depend_on_the_order(tmp_
     items, _ = items_of(feedback(60, prompts=20), tmp_path)
     sides = own_model.split(items, 0.25)
     prompts = [{item["prompt"] for item in side} for side in sides]
-    assert not prompts[0] & prompts[1] and list(map(len, prompts)) == [15, 5]
-    assert list(map(len, sides)) == [45, 15]
+    assert not prompts[0] & prompts[1] and [*map(len, prompts), *map(len, sides)] == [15, 5, 45, 15]
     assert {item["prompt"] for item in own_model.split(items[::-1], 0.25)[1]} == prompts[1]
     assert own_model.split(items, 0)[1] == [] and len(own_model.split(items, 1e-3)[1]) == 3
 
 
 # ---------------------------------------------------------------- what cannot be trained
-def asked(**message):
-    return dict(prompt=[dict(role="user", content="a")], score=1,
-                completion=[dict(role="assistant", **message)])
-
-
-BAD = [*((line, "") for line in (
-           b"{prompt: a}", b'{"prompt": "a", "com', b"", b"[1, 2]", b'{"prompt": "\xe4"}')), *(
-    (json.dumps(row).encode(), message) for message, rows in {
-        "a line has prompt and either": [
-            dict(completion="b", label=True), dict(prompt="a", label=True),
-            dict(prompt="a", chosen="b"), dict(prompt="a", completion="b"),
-            dict(prompt="a", completion="b", label=None),
-            dict(prompt="a", completion="b", label=1, score=1),
-            dict(prompt="a", chosen="b", rejected="c", completion="d")],
-        "label: ": [dict(prompt="a", completion="b", label=label)
-                    for label in (-1, 0.3, "1", math.nan)],
-        "score: ": [dict(prompt="a", completion="b", score=score)
-                    for score in (1.5, -0.1, math.nan, math.inf, "0.5", True)],
-        "prompt: ": [dict(prompt=x, completion=[9], score=1) for x in ([-1], [], ["a"], 6)]
-        + [dict(prompt="", completion="b", score=1)],
-        "rejected: it is empty": [dict(prompt="a", chosen="b", rejected="")],
-        "completion: it is empty": [
-            dict(prompt="a", completion="", score=1), asked(content=""), asked()],
-        "completion: the token 99 is not from 0 to": [
-            dict(prompt=[5], completion=[99], score=1)],
-        "completion: ": [
-            *(dict(prompt=[5], completion=y, score=1) for y in ([], [6.5], [True], "b", 6)),
-            dict(asked(content="b"), prompt="a"), dict(asked(), completion=asked()["prompt"] * 2),
-            dict(prompt="a", completion="\ud800", score=1)]}.items() for row in rows)]
+CHAT = dict(prompt=[dict(role="user", content="a")], score=1,
+            completion=[dict(role="assistant", content="b")])
+GOOD = dict(prompt="a", completion="b")
+BAD = {
+    "a line has prompt, and either": [
+        GOOD, GOOD | dict(label=None), GOOD | dict(label=1, score=1), GOOD | dict(prompt=None),
+        dict(prompt="a", label=True), dict(prompt="a", chosen="b"),
+        dict(prompt="a", chosen="b", rejected="c", completion="d"),
+        *(GOOD | dict(label=label) for label in (-1, 0.3, "1", math.nan)),
+        *(GOOD | dict(score=score) for score in (1.5, -0.1, math.nan, math.inf, "0.5", True))],
+    ".* is no string": [
+        *(dict(prompt=x, completion=[9], score=1) for x in ([], ["a"], 6)),
+        *(dict(prompt=[5], completion=y, score=1) for y in ([], [6.5], [True], 6))],
+    "prompt: the token -1 is not from 0 to": [dict(prompt=[-1], completion=[9], score=1)],
+    "completion: the token 99 is not from 0 to": [dict(prompt=[5], completion=[99], score=1)],
+    "prompt: it has no token of its own": [dict(prompt="", completion="b", score=1)],
+    "a completion is empty": [
+        dict(prompt="a", completion="", score=1), dict(prompt="a", chosen="b", rejected=""),
+        *(CHAT | dict(completion=[dict(role="assistant", **no)]) for no in ({}, dict(content="")))],
+    "prompt and completion are not both": [
+        dict(prompt=[5], completion="b", score=1), CHAT | dict(prompt="a"),
+        CHAT | dict(completion=CHAT["completion"] * 2)],
+    "": [dict(prompt="a", completion="\ud800", score=1), [1, 2]]}
+LINES = [(json.dumps(row).encode(), message, TEMPLATE)
+         for message, rows in BAD.items() for row in rows]
+LINES += [(line, "", TEMPLATE) for line in (
+    b"{prompt: a}", b'{"prompt": "a", "com', b"", b'{"a": "\xe4"}')]
+LINES += [(json.dumps(CHAT).encode(), message, template) for message, template in {
+    "completion: it has no token of its own": "{{ messages | length }}", ".*chat.template": None,
+    "must alternate": "{{ raise_exception('must alternate') }}"}.items()]
 
 
 def test_bad_lines_and_bad_templates_are_named(tmp_path, capsys):
-    def refused(line, message, tokenizer):
-        (tmp_path / "bad.jsonl").write_bytes(json.dumps(feedback(1)[0]).encode() + b"\n" + line)
+    good, path = json.dumps(feedback(1)[0]).encode(), tmp_path / "bad.jsonl"
+    for line, message, template in LINES:
+        line, tokenizer = line + b"\n", a_tokenizer()
+        path.write_bytes(good + b"\n" + line)
+        tokenizer.chat_template = template
         with pytest.raises(SystemExit) as end:
-            own_model.read(tmp_path / "bad.jsonl", tokenizer, len(WORDS), 32)
+            own_model.read_lines(path, own_model.item_of, tokenizer, len(WORDS), 32, Counter())
         said = capsys.readouterr().err
         assert end.value.code == 2 and said.count("\n") == 1, line
-        assert re.search(re.escape(f"bad.jsonl, line 2: {line[:60]}: ") + message, said), said
-    for line, message in BAD:
-        refused(line + b"\n", message, a_tokenizer())
-    tokenizer, line = a_tokenizer(), json.dumps(asked(content="b")).encode()
-    for template, message in [("{{ messages | length }}", "completion: it has no token of its"),
-                              ("{{ raise_exception('must alternate') }}", "prompt: must alternate"),
-                              (None, "prompt: .*chat.template")]:
-        tokenizer.chat_template = template
-        refused(line, message, tokenizer)
+        said = said.split(f"bad.jsonl, line 2: {line[:60]}: ")[1]
+        assert re.match(message, said), (line, said)
 
 
 def test_other_bad_input_is_one_line_too(folder, tmp_path, capsys):
-    good, same = ({"prompt": "a ", "chosen": "b", "rejected": y} for y in "cb")
     bert = transformers.BertForMaskedLM(transformers.BertConfig(
         vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
         intermediate_size=8, initializer_range=1.0))
     headless = a_model(transformers.GPT2Model, tie_word_embeddings=False)
-    flags = {"--model": folder, "--data": write(tmp_path / "good.jsonl", [good]),
-             "--output_dir": str(tmp_path / "out")}
-    for changes, message in [
-            ({"--data": write(tmp_path / "empty.jsonl", [])}, "empty.jsonl: no feedback"),
-            ({"--data": write(tmp_path / "same.jsonl", [same])}, "same.jsonl: no feedback"),
-            ({"--data": "missing.jsonl"}, "No such file.*missing.jsonl"),
-            ({"--model": str(tmp_path / "no")}, f"--model {tmp_path / 'no'}"),
-            ({"--model": saved(tmp_path / "bare", a_model())}, "bare: no tokenizer"),
-            ({"--model": saved(tmp_path / "open", a_model(), a_tokenizer(unk_token="<unk>"))},
-             "open: no tokenizer, or one without end-of-text"),
-            ({"--model": saved(tmp_path / "headless", headless, a_tokenizer())},
-             "no weights for lm_head.weight"),
-            ({"--model": saved(tmp_path / "bert", bert, a_tokenizer())}, "not causal"),
-            ({"--offset": "learned"}, "--offset: invalid choice: 'learned'"),
-            ({"--beta": "0"}, "--beta > 0"), ({"--beta": "nan"}, "--beta > 0"),
-            ({"--anchor": "-1"}, "--anchor >= 0"), ({"--anchor": "inf"}, "--anchor >= 0"),
-            ({"--heldout": "1"}, "--heldout < 1"), ({"--max_length": "1"}, "--max_length > 1"),
-            ({"--learning_rate": "fast"}, "--learning_rate.*fast"), ({"--batch": "1"}, "--batch"),
-            *(({flag: "1"}, flag) for flag in (
-                "--dataloader_drop_last", "--bf16_full_eval", "--neftune_noise_alpha",
-                "--remove_unused_columns", "--batch_eval_metrics", "--fsdp", "--eval_steps")),
-            ({"--optim": "schedule_free_adamw"}, "--optim: invalid choice"),
-            ({"--report_to": "nobody"}, "nobody"),
-            ({"--resume_from_checkpoint": "nowhere"}, "nowhere: there is no checkpoint")]:
-        arguments = [part for pair in (flags | changes).items() for part in pair]
-        assert re.search(message, ends(capsys, 2, *arguments)), message
+    saved(tmp_path / "bare", a_model())
+    saved(tmp_path / "open", a_model(), a_tokenizer(unk_token="<unk>"))
+    saved(tmp_path / "headless", headless, a_tokenizer())
+    saved(tmp_path / "bert", bert, a_tokenizer())
+    write(tmp_path / "empty", [])
+    write(tmp_path / "same", [{"prompt": "a ", "chosen": "b", "rejected": "b"}])
+    good = write(tmp_path / "good", feedback(1))
+    for flag, value, message in [
+            ("--data", tmp_path / "empty", "empty: no feedback"),
+            ("--data", tmp_path / "same", "same: no feedback"),
+            ("--data", "missing", "No such file.*missing"),
+            ("--model", "no", "--model no: "),
+            ("--model", tmp_path / "bare", "bare: no tokenizer"),
+            ("--model", tmp_path / "open", "open: no tokenizer, or one without end-of-text"),
+            ("--model", tmp_path / "headless", "no weights for lm_head.weight"),
+            ("--model", tmp_path / "bert", "not causal"),
+            ("--offset", "learned", "--offset: invalid choice: 'learned'"),
+            ("--beta", "0", "--beta > 0"), ("--beta", "nan", "--beta > 0"),
+            ("--anchor", "-1", "--anchor >= 0"), ("--anchor", "inf", "--anchor >= 0"),
+            ("--heldout", "1", "--heldout < 1"), ("--max_length", "1", "--max_length > 1"),
+            ("--learning_rate", "fast", "--learning_rate.*fast"), ("--batch", "1", "--batch"),
+            ("--dataloader_drop_last", "1", "--dataloader_drop_last"),
+            ("--neftune_noise_alpha", "1", "--neftune_noise_alpha"),
+            ("--optim", "schedule_free_adamw", "--optim: invalid choice"),
+            ("--report_to", "nobody", "nobody"),
+            ("--resume_from_checkpoint", "nowhere", "nowhere: there is no checkpoint")]:
+        said = ends(capsys, 2, "--model", folder, "--data", good, "--output_dir",
+                    str(tmp_path / "out"), flag, str(value))
+        assert re.search(message, said), said
 
 
 def test_a_run_that_diverges_says_so_and_saves_nothing(folder, tmp_path, capsys):
