@@ -70,9 +70,10 @@ def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models
 
 
 def test_all_logprobs_and_all_rewards_are_those_of_whole_responses_without_a_cache(language):
-    model, scalar = gpt(), moved(ScalarGPT(gpt()).double())
-    for prompt, eot in (([1], 0), ([1], 4), ([3, 0, 2, 2], 2)):
-        prompt, (responses, mask) = torch.tensor(prompt), all_responses(5, 3, eot)
+    # 12 ** 2 strings of two words: too many for one pass of all_rewards.
+    model, scalar = gpt(13), moved(ScalarGPT(gpt(13)).double())
+    for prompt, eot in (([1], 0), ([1], 12), ([3, 0, 2, 2], 2)):
+        prompt, (responses, mask) = torch.tensor(prompt), all_responses(13, 3, eot)
         tokens, row = data.join(prompt.expand(len(responses), -1), responses, mask)
         logprobs = all_logprobs(model, prompt, 3, eot)
         assert close(logprobs, una.sequence_logprob(model(tokens), tokens, row).detach())
