@@ -56,29 +56,28 @@ def test_each_of_25_words_is_one_token_and_end_of_text_the_last_without_a_networ
 def test_text_that_is_not_of_the_language_is_refused_in_one_line():
     # The first unknown word stands between slashes. No text can inject an end-of-text.
     for encode, known, marked in (
-            (data.encode_prompts, PROMPTS, ["happy/ ocean/ :", "/ happy/ sea :", "happy/ sea:/",
-                                            "happy sea :/ /", "happy sea/ :<|endoftext|>/"]),
-            (data.encode_responses, GOOD, [" golden/ warmsea/", "/golden/ sea", " golden/ / sea",
-                                           " sea/ /", " golden/\x1c/sea", " sea/ happy/", "/ /",
-                                           "/<|endoftext|>/", " sea/ ocean/ sea sea lake"])):
+            (data.encode_prompts, PROMPTS, ["happy/ ocean/ :", "/ happy/ sea :", "happy sea :/ /",
+                                            "happy sea/ :<|endoftext|>/"]),
+            (data.encode_responses, GOOD, [" golden/ warmsea/", " golden/ / sea", "/ /",
+                                           " golden/\x1c/sea", " sea/ ocean/ sea sea lake"])):
         for text, word in ((text.replace("/", ""), text.split("/")[1]) for text in marked):
             with pytest.raises(ValueError, match=f"^{re.escape(f'{word!r} in {text!r} is no')}"):
                 encode([*known, text])
     # Too few or too many words, or no room for the response's end.
-    for text, n in {"": 0, "happy sea": 2, "happy sea : :": 4}.items():
-        with pytest.raises(ValueError, match=f"a prompt has 3 words, {text!r} has {n}"):
-            data.encode_prompts([*PROMPTS, text])
-    with pytest.raises(ValueError, match="at most 3 words and an end-of-text, .* has 4 words"):
-        data.encode_responses([*GOOD, " sea sea sea sea"])
+    for encode, text, told in (
+            (data.encode_prompts, "", "a prompt has 3 words, '' has 0"),
+            (data.encode_prompts, "happy sea : :", "a prompt has 3 words, 'happy sea : :' has 4"),
+            (data.encode_responses, " sea sea sea sea", "at most 3 words .* has 4 words")):
+        with pytest.raises(ValueError, match=told):
+            encode([text])
 
 
 def test_prompts_are_twelve_and_four_held_out_with_each_mood_and_noun_and_survive_encoding():
-    moods, nouns, colons = zip(*(prompt.split() for prompt in HELDOUT_PROMPTS), strict=True)
+    moods, nouns, _ = zip(*(prompt.split() for prompt in HELDOUT_PROMPTS))
     assert sorted(moods) == sorted(MOODS) and sorted(nouns) == sorted(NOUNS)
-    assert colons == (":",) * 4 and len(TRAIN_PROMPTS) == 12
     assert {*TRAIN_PROMPTS, *HELDOUT_PROMPTS} == {*PROMPTS} and len({*PROMPTS}) == 16
     tokens, encode = data.encode_prompts(PROMPTS), ENCODING.encode_ordinary
-    assert tokens.shape == (16, data.PROMPT_TOKENS) == (16, 3) and tokens.dtype == torch.long
+    assert tokens.shape == (16, 3) and len(TRAIN_PROMPTS) == 12
     assert [ENCODING.decode(row) for row in tokens.tolist()] == PROMPTS
     # Text encodes the same in one piece or two.
     for prompt, response in itertools.product(PROMPTS, ["", " sea", " :", *GOOD[::37]]):

@@ -197,10 +197,3 @@ def test_a_learned_offset_has_offset_times_the_learning_rate_of_the_weights(name
     farthest = max((a - b).abs().max().item() for a, b in zip(
         policy.parameters(), prepared().reference.parameters()))
     assert farthest == pytest.approx(rate, rel=1e-3) and train.OFFSET_TIMES > 1
-
-
-def test_an_estimated_offset_never_moves_and_a_learned_one_does():
-    for name in WITH_OFFSET:
-        method, last = train.METHODS[name], run(name, steps=4)[1]
-        start = train.start_offsets(method, everything(), 0.25 * method.beta_multiple)
-        assert (start != last).tolist() == [name not in ESTIMATED] * 3, name

@@ -1,20 +1,18 @@
 """PPO, which UNA would replace: its equations against slow loops and full enumeration; then its
 inner steps in train.py and the reward model, on real prompts."""
 import math
-import random
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import train
 import una
 from helpers import gpt, gradient, gradient_in, moved, near, normals
 from model import ScalarGPT
-from toy import changed
+from toy import changed, small
 
 # Prompt columns first, padding last: responses of one token to all eight, with and without
 # something on either side.
@@ -38,14 +36,18 @@ def slow_advantages(rewards, values, lam, gamma=1.0, behind=0.0):
 
 
 def slow_policy_loss(logprob, old, a):
-    """Of one token: A min(w, 1 + eps) for A > 0, A max(w, 1 - eps) for A < 0, with a minus."""
+    """Of one token: A min(w, 1 + eps) for A > 0, A max(w, 1 - eps) for A < 0, with a minus; and its
+    slope. Clipping stops what pays and nothing else."""
     w = math.exp(logprob - old)
-    return -a * min(w, 1 + CLIP) if a > 0 else -a * max(w, 1 - CLIP)
+    held = min(w, 1 + CLIP) if a > 0 else max(w, 1 - CLIP)
+    return -a * held, -a * w if held == w else 0
 
 
 def slow_value_loss(v, old, target):
+    """And its slope: the held value is constant where it is held."""
     held = min(max(v, old - CLIP), old + CLIP)
-    return max((v - target) ** 2, (held - target) ** 2) / 2
+    of_held = (held - target) ** 2 > (v - target) ** 2
+    return max((v - target) ** 2, (held - target) ** 2) / 2, 0 if of_held else v - target
 
 
 def naive(logprobs, old_logprobs, advantages, mask, clip):
@@ -64,19 +66,6 @@ def one_token(log_ratio, advantage, dtype=torch.float64, loss=una.ppo_policy_los
 
 
 # ---------------------------------------------------------------- tokens
-def test_token_logprobs_are_of_the_token_behind_each_column_and_add_up_to_the_sequence_logprob():
-    tokens = torch.randint(5, (8, 9), generator=torch.Generator().manual_seed(0))
-    logits, mask = normals(1)(8, 9, 5), F.pad(MASK, (1, 0))    # nothing predicts column 0
-    expected, shifted = torch.zeros(2, 8, 8, dtype=torch.float64)
-    for i, t in TOKENS:
-        p = logits[i, t].softmax(-1)
-        expected[i, t] = math.log(p[tokens[i, t + 1]])
-        shifted[i, t] = math.log(p[tokens[i, t]])    # the mistake: logits t scored on token t
-    logprobs = una.token_logprobs(logits, tokens, mask)
-    assert near(logprobs, expected) and not near(logprobs, shifted, 0.1)
-    assert near(logprobs.sum(1), una.sequence_logprob(logits, tokens, mask))
-
-
 def test_token_rewards_are_the_slow_loop_and_add_up_to_the_reward_minus_beta_rho():
     # The reward lands on the last token of the response, never on padding.
     reward, (logprobs, ref) = normals(0)(8), matrices(1, 2)
@@ -117,42 +106,26 @@ def test_advantages_are_the_double_sum_and_targets_the_advantages_plus_values():
 
 
 # ---------------------------------------------------------------- the two losses
-def test_both_losses_are_the_slow_loops():
+def test_both_losses_and_their_slopes_are_the_slow_loops():
     old, fixed, change = matrices(0, 3)              # fixed: advantages, or targets
     new = old + 0.4 * change
+    new[0, 0] = old[0, 0]                            # both arguments of the minimum are equal here
     ratios, advantages = (new - old)[MASK].exp().tolist(), fixed[MASK].tolist()
     # Both signs of A; above the clip range, below it, within.
     assert len({(a > 0, w > 1 + CLIP, w < 1 - CLIP) for w, a in zip(ratios, advantages)}) == 6
     for fast, slow in [(una.ppo_policy_loss, slow_policy_loss),
                        (una.ppo_value_loss, slow_value_loss)]:
-        expected = torch.zeros(8).double()
+        losses, slopes = torch.zeros(8).double(), torch.zeros(8, 8).double()
         for i, t in TOKENS:
-            expected[i] += slow(new[i, t], old[i, t], fixed[i, t])
-        assert near(fast(new, old, fixed, MASK, CLIP), expected), slow
-
-
-def test_clipping_stops_what_pays_and_nothing_else():
-    for w, a, clipped in [
-        (1.5, 2.0, True), (0.5, -2.0, True),       # it moved far where moving pays: no further
-        (0.5, 2.0, False), (1.5, -2.0, False),     # far the wrong way: all the way back
-        (1.19, 2.0, False), (0.81, 2.0, False), (1.19, -2.0, False), (0.81, -2.0, False),
-        (1.21, 2.0, True), (0.79, -2.0, True), (0.79, 2.0, False), (1.21, -2.0, False),
-        # At w = 1 both arguments of the minimum are equal: the policy gradient all the same.
-        (1.0, 2.0, False), (1.0, -2.0, False),
-    ]:
-        _, slope = one_token(math.log(w), a)
-        assert slope == pytest.approx(0 if clipped else -w * a, abs=1e-12), (w, a)
-    # A value that moved from 0 to v, with target 1. At 0.5 the held value 0.2 is the worse one, and
-    # constant. At 2.5, past the target, v is worse.
-    for v, expected in [(0.5, 0.0), (-0.5, -1.5), (0.1, -0.9), (2.5, 1.5)]:
-        _, slope = one_token(v, 1 - v, loss=una.ppo_value_loss)    # all of it less v
-        assert slope == pytest.approx(expected, abs=1e-12), v
+            loss, slopes[i, t] = slow(new[i, t], old[i, t], fixed[i, t])
+            losses[i] += loss
+        loss = lambda new: fast(new, old, fixed, MASK, CLIP)
+        assert near(loss(new), losses) and near(gradient(loss, new), slopes), slow
 
 
 # ---------------------------------------------------------------- what stands off the mask
 def test_nothing_off_the_mask_is_in_the_value_or_the_gradient():
-    # With NaN or infinity in any one input, and in all. 0 * NaN is NaN: masking the result is too
-    # late.
+    # With NaN or infinity in any input. 0 * NaN is NaN: masking the result is too late.
     token_rewards = lambda *floats: una.ppo_token_rewards(normals(8)(8), *floats)
     for name, function, setting, n in [("token rewards", token_rewards, 0.3, 2),
                                        ("advantages", una.ppo_advantages, 0.9, 2),
@@ -170,10 +143,10 @@ def test_nothing_off_the_mask_is_in_the_value_or_the_gradient():
         expected = value_and_gradients(clean)
         assert all((slope[~MASK] == 0).all() and slope[MASK].any() for slope in expected[1:]), name
         for garbage in (math.nan, math.inf, -math.inf):
-            for spoilt in [{i} for i in range(n)] + [set(range(n))]:
-                floats = [x.where(MASK, garbage) if i in spoilt else x for i, x in enumerate(clean)]
+            for i in range(n):
+                floats = [*clean[:i], clean[i].where(MASK, garbage), *clean[i + 1:]]
                 for a, b in zip(value_and_gradients(floats), expected):
-                    assert torch.equal(a, b), (name, garbage, spoilt)
+                    assert torch.equal(a, b), (name, garbage, i)
     old, advantages = matrices(0, 2)
     logprobs, others = (old + 0.1).where(MASK, math.nan), (old, advantages, MASK, CLIP)
     assert near(naive(logprobs, *others), una.ppo_policy_loss(logprobs, *others))
@@ -343,29 +316,16 @@ def test_eq03_the_first_losses_and_gradient_are_those_by_hand_the_policy_gradien
 
 
 # ---------------------------------------------------------------- the reward model
-def test_eq02_the_reward_model_learns_the_order_of_rewards():
-    def responses(n, seed):
-        """n responses to two prompts, rows 2i and 2i + 1 to the same; some words are wrong."""
-        rng, words = random.Random(seed), [*data.ADJECTIVES] * 2 + data.NOUNS
-        x = [prompt for prompt in rng.choices(["happy wind :", "sad sea :"], k=n // 2)
-             for _ in range(2)]
-        y = [f" {rng.choice(words)} {rng.choice(words)} {rng.choice(4 * [noun] + data.NOUNS)}"
-             for _, noun, _ in map(str.split, x)]
-        return data.encode_prompts(x), *data.encode_responses(y)
-
+def test_eq02_the_reward_model_learns_the_order_of_rewards(language):
     # Of pairs: coin flips of Eq. 1, not rewards. Asked about other responses.
-    settings = SimpleNamespace(reference_steps=40, steps=160, batch=96, n_layer=1, n_head=2,
-                               n_embd=32, device="cpu")
-    base = train.train_reference(settings, 0)
-    feedback = data.feedback_on(*responses(3200, 0), torch.Generator().manual_seed(0))
-    start = train.train_reward_model(changed(settings, steps=0), 0, base, feedback)
-    assert torch.equal(start.hidden(feedback.tokens), base.hidden(feedback.tokens))
-    model = train.train_reward_model(settings, 0, base, feedback, learning_rate=1e-3)
-    for frozen in (base, model):
-        assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-    x, y, mask = responses(800, 1)
-    judged = train.model_reward(model, *data.join(x, y, mask)).view(-1, 2)
-    true = data.reward(x, y).view(-1, 2)
-    clear = (true[:, 0] - true[:, 1]).abs() > 1
+    settings, reference = changed(small().settings, judged=3200, batch=96), small().reference
+    feedback, other = (train.collect_feedback(settings, seed, reference) for seed in (0, 1))
+    start, model = (train.train_reward_model(changed(settings, steps=steps), 0, reference, feedback,
+                                             3e-3) for steps in (0, 160))
+    assert torch.equal(start.hidden(feedback.tokens), reference.hidden(feedback.tokens))
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    judged, true = (rewards.view(-1, 2) for rewards in (
+        train.model_reward(model, other.tokens, other.mask), other.scores.logit()))
+    clear = (true[:, 0] - true[:, 1]).abs() > 0.5
     right = (judged[:, 0] > judged[:, 1]) == (true[:, 0] > true[:, 1])
     assert clear.sum() > 100 and right[clear].float().mean() > 0.85
