@@ -7,7 +7,6 @@ import math
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,7 +22,6 @@ from lab.campaign import REPORTED_SEEDS, TUNING_SEEDS, Run
 from model import ScalarGPT
 from toy import timeless
 
-TRAIN_PROMPTS = data.TRAIN_PROMPTS
 LAB = campaign.Lab("", 1, tuple("--n-embd 8 --n-head 1 --n-layer 1 --batch 48 --steps 3 --judged 48"
                                 " --reference-steps 8 --device cpu".split()))
 pytestmark = pytest.mark.usefixtures("language")                 # of toy.py
@@ -56,14 +54,6 @@ def entry(its):
 
 def policy(scale=0.3):
     return moved(shared().reference, scale).double()
-
-
-def everything(feedback=None):
-    """All stored feedback in a batch, in float64."""
-    feedback = feedback or shared().feedback
-    batch = data.take(feedback, torch.arange(len(feedback.tokens)))
-    return SimpleNamespace(**{name: value.double() if value.is_floating_point() else value
-                              for name, value in vars(batch).items()})
 
 
 def trained_by_hand(its, on=None, offsets=None):
@@ -254,11 +244,7 @@ def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypat
 
 
 # ---------------------------------------------------------------- f(x) + c, and other losses
-def test_a_knob_of_a_cell_is_a_field_of_the_method_of_its_run_or_names_a_loss():
-    knobs = dict(learning_rate=0.125, beta_multiple=3, ramp=0.5, anchor=2)
-    for name, own in train.METHODS.items():
-        its = Run(name, own.offset, cell=tuple(knobs.items()))
-        assert variants.method_of(its) == own._replace(**knobs)
+def test_a_cell_may_name_a_loss():
     for name, loss in variants.LOSSES.items():
         cell = (("loss", name), ("collapsed", True), ("stored", 0.5))
         assert variants.method_of(Run("rloo", cell=cell)) == train.METHODS["rloo"]._replace(
@@ -308,7 +294,7 @@ def test_what_is_made_of_stored_samples_beside_the_mean_residual_of_all():
     ours, plain = (loss(model, batch, 0.25) for loss in (variants.rloo_weighted, train.rloo))
     assert close(ours / plain, rho.exp().where(old, 1.0).detach(), 1e-5)
     variants.ppo_weighted(model, batch, 0.25)
-    own = train.logprob(model, batch.tokens, batch.mask, train.una.token_logprobs).detach()
+    own = train.logprob(model, batch.tokens, batch.mask, una.token_logprobs).detach()
     assert torch.equal(batch.old_logprobs[old].float(), batch.ref_logprobs[old])
     assert torch.equal(batch.old_logprobs[~old], own[~old]) and batch.advantages.abs().max() > 0
 
@@ -381,24 +367,29 @@ def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypat
     assert noise(train.grpo) > 1e-3             # its own optimum is another policy
 
 
-def test_the_end_is_measured_exactly_and_how_far_an_offset_ended_from_beta_log_z():
+def test_the_end_is_measured_exactly_with_its_masses_and_how_far_an_offset_is_from_beta_log_z():
+    feedback = shared().feedback
     for name, offset in (("una-score", "estimated"), ("una-binary-bce", "learned"),
                          ("una-score", "exact"), ("una-score", "zero")):
-        its = short(name, offset, cell=(("learning_rate", 1e-2), ("beta_multiple", 2)))
+        its = short(name, offset, points=3, cell=(("learning_rate", 1e-2), ("beta_multiple", 2)))
         truth, told = variants.beta_log_z(shared(), 0.5), entry(its)
         trained = trained_by_hand(its, offsets=truth.float() if offset == "exact" else None)
         for split in ("train", "heldout"):
             end = exact.policy_logprobs(trained, world(split).prompts)
             assert told[split].items() >= exact.evaluate(world(split), end).items()
-        of = told["train"]
+            assert told[split]["mass"] == exact.masses(world(split), end)
+        of, curve = told["train"], told["curve"]
         assert of["judged"] + of["unjudged"] == pytest.approx(of["lost"], abs=1e-9)
-        assert told["curve"][-1]["regret"] == told["train"]["regret"] and told["method_beta"] == 0.5
-        assert entry(its._replace(look="lost")) == dict(train=dict(lost=told["train"]["lost"]))
-        if offset in ("estimated", "learned"):
+        assert curve[0]["mass"] == exact.masses(world(), world().ref_logprobs)
+        assert (curve[-1]["regret"], curve[-1]["mass"]) == (of["regret"], of["mass"])
+        rho = train.logprob(trained, feedback.tokens, feedback.mask) - feedback.ref_logprob
+        assert told["mean_rho"] == pytest.approx(rho.mean().item(), abs=1e-6)
+        assert told["method_beta"] == 0.5
+        assert entry(its._replace(look="lost")) == dict(train=dict(lost=of["lost"]))
+        assert ("offset_error" in told) == (offset in ("estimated", "learned"))
+        if "offset_error" in told:
             off = torch.tensor(told["offsets"]) - truth
             assert told["offset_error"] == off.square().mean().sqrt().item() > 1e-3
-        else:
-            assert "offset_error" not in told
 
 
 def test_a_run_of_another_size_learns_from_as_much_and_the_prepared_feedback_stays():
@@ -407,10 +398,6 @@ def test_a_run_of_another_size_learns_from_as_much_and_the_prepared_feedback_sta
     offsets = train.start_offsets(variants.method_of(its), feedback, 0.25)
     assert entry(its)["offsets"] == offsets.tolist() != entry(its._replace(judged=48))["offsets"]
     assert len(shared().feedback.tokens) == 48
-    flat, raised = shared(level=0.0), shared()                   # a level is in feedback alone
-    assert all(map(torch.equal, flat.reference.parameters(), raised.reference.parameters()))
-    assert torch.equal(flat.feedback.tokens, raised.feedback.tokens)
-    assert not torch.equal(flat.feedback.scores, raised.feedback.scores)
 
 
 @pytest.mark.parametrize("method, offset", [("kto", "zero"), ("una-score", "from zero"),
@@ -428,24 +415,13 @@ def test_kto_is_counted_where_z0_is_0_and_trains_as_ever():
     assert 1 <= told.pop("zeros") <= 8 and timeless(told) == timeless(own)
     noted, loss = variants.counting(train.kto)
     model = policy()
-    batch = everything(train.with_mismatched_pairs(shared().feedback, shared().reference))
+    batch = data.take(train.with_mismatched_pairs(shared().feedback, shared().reference),
+                      torch.arange(48))
     ref_logprob = batch.other_ref_logprob
     for shift in (1e3, -1e3):                                    # the sign of log pi/pi_ref
         batch.other_ref_logprob = ref_logprob + shift
         assert torch.equal(loss(model, batch, 0.3), train.kto(model, batch, 0.3))
     assert noted == [True, False]
-
-
-def test_a_curve_has_the_mass_of_each_kind_of_string_and_the_end_the_mean_rho():
-    its = short("una-score", "estimated", points=3, cell=(("learning_rate", 1e-2),))
-    told, trained = entry(its), trained_by_hand(its)
-    end = exact.policy_logprobs(trained, world().prompts)
-    assert told["curve"][-1]["mass"] == told["train"]["mass"] == exact.masses(world(), end)
-    assert told["curve"][0]["mass"] == exact.masses(world(), world().ref_logprobs)
-    feedback = shared().feedback
-    with torch.no_grad():
-        rho = train.logprob(trained, feedback.tokens, feedback.mask) - feedback.ref_logprob
-    assert told["mean_rho"] == pytest.approx(rho.mean().item(), abs=1e-6)
 
 
 # ---------------------------------------------------------------- reward models
@@ -478,8 +454,6 @@ def test_a_part_of_a_world_is_the_world_of_those_prompts():
     alone = exact.World(shared().reference, data.TRAIN_PROMPTS[::2], 0.25, 1.0)
     logprobs = exact.policy_logprobs(policy(), alone.prompts)
     assert exact.evaluate(part, logprobs) == pytest.approx(exact.evaluate(alone, logprobs))
-    assert torch.equal(part.prompts, alone.prompts) and len(world().rewards) == 3
-    assert len({prompt.split()[0] for prompt in TRAIN_PROMPTS[::3]}) == 4    # one of each mood
 
 
 def test_a_run_on_a_reward_model_is_measured_by_the_model_and_by_the_judge():
@@ -521,12 +495,3 @@ def test_a_reward_model_is_accurate_where_it_orders_as_the_judge_does(sign, monk
     gain = ((end.exp() - world().ref_logprobs.exp()) * world().rewards).sum(1).mean().item()
     assert told["accuracy"] == (sign == 1) and told["model_gain"] == sign * told["judge_gain"]
     assert told["judge_gain"] == pytest.approx(gain, abs=0.03) and abs(gain) > 0.06
-
-
-def test_online_runs_on_a_prepared_reward_model_are_rewarded_by_it_and_say_how_good_it_is():
-    its = short("una-online", reward="model")
-    by_model, by_judge = entry(its), entry(its._replace(reward="judge"))
-    assert by_model["train"] != by_judge["train"] and "reward_model" not in by_judge
-    assert 0 <= by_model["reward_model"]["accuracy"] <= 1
-    assert by_model["state_bytes"] - by_judge["state_bytes"] == train.size_in_bytes(
-        shared(reward="model").reward_model.parameters())

@@ -47,8 +47,7 @@ def chi_square(counts, probs):
 def test_each_of_25_words_is_one_token_and_end_of_text_the_last_without_a_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     encoding = runpy.run_path(data.__file__)["ENCODING"]
-    words = [*MOODS, *NOUNS, *ADJECTIVES, ":"]
-    assert encoding.n_vocab == 26 == len({*words}) + 1 and len(words) == len(data.WORDS)
+    assert encoding.n_vocab == 26 == len({*MOODS, *NOUNS, *ADJECTIVES, ":"}) + 1
     assert [encoding.encode_ordinary(word) for word in data.WORDS] == [[i] for i in range(25)]
     assert EOT == 25 and encoding.decode([25]) == "<|endoftext|>"
 
@@ -84,21 +83,13 @@ def test_prompts_are_twelve_and_four_held_out_with_each_mood_and_noun_and_surviv
         assert encode(prompt + response) == encode(prompt) + encode(response)
 
 
-def test_every_response_survives_decoding_and_encoding_or_is_shown_with_dots_where_cut_off():
-    # But for those with a mood behind another word: it has no space and runs into that word.
-    spoken, rows = [], []
-    for i, words in enumerate(TOKENS.tolist()):
-        text = data.decode_response(TOKENS[i], MASK[i])
-        if EOT not in words:
-            assert text == "".join(data.WORDS[word] for word in words) + " ..."
-        elif min(words[1:]) >= len(MOODS):
-            spoken.append(text), rows.append(i)
-        else:
-            with pytest.raises(ValueError, match="is no word"):
-                data.encode_responses([text])
-    assert len(set(spoken)) == len(spoken) > 1 + 25 + 25 * 21
-    tokens, mask = data.encode_responses(spoken)
-    assert torch.equal(tokens, TOKENS[rows]) and torch.equal(mask, MASK[rows])
+def test_a_response_survives_decoding_and_encoding_or_is_shown_with_dots_where_cut_off():
+    grammatical = (data.KIND[TOKENS] == data.GRAMMAR).all(1)
+    texts = [data.decode_response(*row) for row in zip(TOKENS[grammatical], MASK[grammatical])]
+    assert len(texts) > 10 and all(map(torch.equal, data.encode_responses(texts), (
+        TOKENS[grammatical], MASK[grammatical])))
+    assert data.decode_response(TOKENS[-1], MASK[-1]) == "".join(
+        data.WORDS[word] for word in TOKENS[-1]) + " ..."
 
 
 def test_a_response_gets_one_end_and_stands_behind_its_prompt_where_the_mask_is_true():
@@ -114,13 +105,12 @@ def test_a_response_gets_one_end_and_stands_behind_its_prompt_where_the_mask_is_
 
 # ---------------------------------------------------------------- the reward
 def test_reward_by_hand_and_by_an_independent_one_row_by_row():
-    for prompt, text, by_hand in [
-        ("happy sea", " bright warm sea", 0.8 + 0.7), ("sad sea", " bright warm sea", -0.8 - 0.7),
-        ("calm sea", " warm bright sea", 0.3 - 0.5), ("wild fire", " soft furious fire", 0.9 - 0.7),
-        ("happy sea", " bright warm wind", 0.8 + 0.7 - 1), ("happy sea", " bright sea", -3.0),
-    ]:
-        reward = data.reward(data.encode_prompts([f"{prompt} :"]), data.encode_responses([text])[0])
-        assert reward.tolist() == pytest.approx([by_hand], abs=1e-6), text
+    by_hand = {("happy sea :", " bright warm sea"): 0.8 + 0.7, ("happy sea :", " bright sea"): -3.0,
+               ("calm sea :", " warm bright sea"): 0.3 - 0.5,
+               ("happy sea :", " bright warm wind"): 0.8 + 0.7 - 1}
+    x, y = zip(*by_hand)
+    rewards = data.reward(data.encode_prompts(x), data.encode_responses(y)[0])
+    assert rewards.tolist() == pytest.approx([*by_hand.values()], abs=1e-6)
     # In a batch: all of the grammar on all prompts, and TOKENS, the cut-off ones too.
     words = [*(word.strip() for word in data.WORDS), "END"]
     responses = torch.cat([data.encode_responses(GOOD)[0].repeat_interleave(16, 0), TOKENS])
@@ -150,10 +140,8 @@ def test_the_level_of_a_prompt_is_its_nouns_whatever_its_mood_and_0_on_average()
 
 # ---------------------------------------------------------------- sentences
 def test_sentences_come_from_their_seed_lean_to_the_mood_and_one_in_ten_has_a_random_word():
-    state = random.getstate(), torch.get_rng_state()
     first, again, other = (data.sentences(50, random.Random(seed)) for seed in (1, 1, 2))
     assert first == again != other and len(first[0]) == len(first[1]) == 50
-    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     # A word is replaced with chance 1/30, by one of 21. Chance passes each limit once in 10^6.
     prompts, responses = data.sentences(30_000, random.Random(0))
     assert chi_square(Counter(prompts), dict.fromkeys(PROMPTS, 1 / 16)) < 56.5
@@ -193,7 +181,6 @@ def test_feedback_draws_the_winner_of_two_answers_by_their_rewards_and_then_labe
     r = torch.tensor([slow_reward(x, [*y.split(), "END"]) for x, y in zip(prompts, texts)])
     f = torch.tensor([{"sea": -2, "wind": -2 / 3, "fire": 2 / 3, "night": 2}[prompt.split()[1]]
                       for prompt in prompts])
-    state = torch.get_rng_state()
     for level, score in ((0.0, torch.sigmoid(r)), (2.0, torch.sigmoid(r + f))):
         ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
         feedback = data.feedback_on(x, y, mask, ours, level)
@@ -204,7 +191,6 @@ def test_feedback_draws_the_winner_of_two_answers_by_their_rewards_and_then_labe
         assert torch.equal(feedback.labels, torch.bernoulli(score, generator=theirs))
         assert near(feedback.scores, score, 1e-6)
     assert all(map(torch.equal, (feedback.tokens, feedback.mask), data.join(x, y, mask)))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---------------------------------------------------------------- KTO's mismatched pairs

@@ -81,14 +81,10 @@ def test_logits_and_all_gradients_are_those_of_an_independent_gpt2_and_of_none_o
 def test_gpt2_small_has_the_published_names_shapes_and_size():
     with torch.device("meta"):
         model = GPT(GPTConfig(50257, 1024, 12, 12, 768))
-    layers, published = {"ln_f": (768,)}, {"wte.weight": (50257, 768), "wpe.weight": (1024, 768)}
-    of_block = {"ln_1": (768,), "attn.c_attn": (768, 2304), "attn.c_proj": (768, 768),
-                "ln_2": (768,), "mlp.c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
-    layers |= {f"h.{n}.{name}": shape for n in range(12) for name, shape in of_block.items()}
-    for name, shape in layers.items():
-        published |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
-    assert {name: tuple(p.shape) for name, p in gpt2_format(model).items()} == published
-    assert model.state_dict().keys() == published.keys()
+    published = {"wte.weight": (50257, 768), "wpe.weight": (1024, 768), "ln_f.weight": (768,),
+                 "h.11.attn.c_attn.weight": (768, 2304), "h.11.mlp.c_proj.weight": (3072, 768)}
+    shapes = {name: tuple(p.shape) for name, p in gpt2_format(model).items()}
+    assert shapes.items() >= published.items() and len(shapes) == 4 + 12 * 12
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
 
 

@@ -97,12 +97,11 @@ def test_pairs_in_which_y3_was_never_judged_end_anywhere_on_a_line_of_minima(end
 
 
 def test_what_the_triangle_says_of_losses(ends):
-    share = {name: round(100 * lost(end).item()) for name, end in ends.items()}
-    assert share == {"scores": 3, "labels, mse": 3, "labels, bce": 3, "kto": 18, "pairs": 0,
-                     "scores, beta log Z": 0, "pairs without y3": 77, "rlhf": 0, "grpo": 5}
+    assert {name: round(100 * lost(end).item()) for name, end in ends.items()} == {
+        "scores": 3, "labels, mse": 3, "labels, bce": 3, "kto": 18, "pairs": 0,
+        "scores, beta log Z": 0, "pairs without y3": 77, "rlhf": 0, "grpo": 5}
     missed = [BETA_LOG_Z - una.rlhf_objective(p, REF, REWARDS, BETA) for p in (ends["grpo"], REF)]
     assert lost(ends["grpo"]).item() == pytest.approx((missed[0] / missed[1]).item(), abs=1e-12)
-    assert ends["scores"][2] < BEST[2] < ends["kto"][2]          # one stops short, one runs past
 
 
 def test_the_triangle_and_the_slopes_are_drawn(tmp_path, monkeypatch):
