@@ -39,7 +39,6 @@ def prepared(level=1.0, reward="judge", seed=0):
 
 
 def shared(level=1.0, reward="judge"):
-    """A copy of what a seed's methods share."""
     return copy.copy(prepared(level, reward)[0])
 
 
@@ -65,7 +64,6 @@ def trained_by_hand(its, on=None, offsets=None):
     return trained
 
 
-# ---------------------------------------------------------------- results
 RUNS = [short("una-online", seed=5), short("una-score", "estimated", level=0.0),
         short("una-score", "estimated", seed=5)]
 
@@ -105,25 +103,23 @@ def test_what_has_ended_is_kept_and_the_same_call_makes_what_is_missing_and_no_m
 
 
 def test_a_result_is_named_by_all_that_it_depends_on_the_code_and_versions_too(monkeypatch):
-    its, inner = Run("kto"), Run("ppo")
+    its = Run("kto")
     other = dict(method="dpo", offset="exact", level=1.0, reward="model", judged=48, steps=3,
-                 cell=(("epochs", 2),), seed=1, look=(inner,), points=2)
+                 cell=(("epochs", 2),), seed=1, look=(Run("ppo"),), points=2)
     assert [*other] == [*Run._fields]
-    runs = [its, its._replace(look=(inner._replace(seed=1),)),
-            *(its._replace(**{name: value}) for name, value in other.items())]
-    names = [campaign.path_of(LAB, one, ".json") for one in runs]
-    names.append(campaign.path_of(LAB._replace(flags=()), its, ".json"))
-    read, code = Path.read_bytes, campaign.code.__wrapped__      # read anew each time
-    monkeypatch.setattr(campaign, "code", code)
-    assert campaign.path_of(LAB._replace(jobs=3), its, ".json") == names[0]
+    name = lambda its=its, lab=LAB: campaign.path_of(lab, its, ".json")
+    names = [name(), name(lab=LAB._replace(flags=())),
+             *(name(its._replace(**{field: value})) for field, value in other.items())]
+    read = Path.read_bytes
+    monkeypatch.setattr(campaign, "code", campaign.code.__wrapped__)         # read anew each time
+    assert name(lab=LAB._replace(jobs=3)) == names[0]
     for file in ("una.py", "model.py", "data.py", "train.py", "exact.py", "variants.py"):
         changed = lambda path: read(path) + b"#" * (path.name == file)
         monkeypatch.setattr(Path, "read_bytes", changed)
-        names.append(campaign.path_of(LAB, its, ".json"))
+        names.append(name())
     monkeypatch.setattr(Path, "read_bytes", read)
     monkeypatch.setattr(run, "versions", lambda: dict(torch="another"))
-    names.append(campaign.path_of(LAB, its, ".json"))
-    assert len({*names}) == len(names) == 20
+    assert len({*names, name()}) == len(names) + 1 == 19
 
 
 @pytest.mark.parametrize("outcome, status, told, files", [
@@ -140,7 +136,6 @@ def test_a_plan_is_written_whole_or_ends_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == files
 
 
-# ---------------------------------------------------------------- cells
 def tuned(grid, lost, moves=0):
     """What tune says of a grid of kto, and the cells that ran on each seed; lost(cell, seed) tells
     what a run lost."""
@@ -187,7 +182,6 @@ def test_a_grid_grows_by_one_value_beyond_the_end_where_its_best_cell_lies_and_n
         assert chosen["learning_rate"] == 4e-3 * 2 ** moves
 
 
-# ---------------------------------------------------------------- plans
 FILES = {name: json.loads((campaign.ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
          for name in ("stored", "online")}
 
@@ -243,14 +237,6 @@ def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypat
         assert a == b, key
 
 
-# ---------------------------------------------------------------- f(x) + c, and other losses
-def test_a_cell_may_name_a_loss():
-    for name, loss in variants.LOSSES.items():
-        cell = (("loss", name), ("collapsed", True), ("stored", 0.5))
-        assert variants.method_of(Run("rloo", cell=cell)) == train.METHODS["rloo"]._replace(
-            loss=loss, stored=0.5)
-
-
 @pytest.mark.parametrize("beta", [0.5, 0.0625])
 def test_the_exact_offset_is_beta_log_z_at_the_losss_own_beta(beta):
     weights = world().ref_logprobs.exp() * (world().rewards / beta).exp()
@@ -290,7 +276,6 @@ def test_what_is_made_of_stored_samples_beside_the_mean_residual_of_all():
     means = [residual[i:i + 16][~old[:16]].mean() for i in (0, 16, 32)]      # of its own
     expected = (residual - torch.stack(means).repeat_interleave(16)) ** 2
     assert close(variants.una_online_own(model, batch, 0.25).double(), expected.double(), 1e-6)
-    # Weights: in the mean a stored response stands for a fresh one.
     ours, plain = (loss(model, batch, 0.25) for loss in (variants.rloo_weighted, train.rloo))
     assert close(ours / plain, rho.exp().where(old, 1.0).detach(), 1e-5)
     variants.ppo_weighted(model, batch, 0.25)
@@ -317,6 +302,8 @@ def test_rloo_and_grpo_take_all_of_a_prompts_samples_for_a_group_and_grpo_divide
     assert close(variants.LOSSES["undivided"](model, batch, 0.25), ones, 1e-3)
     assert not close(divided, ones, 0.1)
     assert not close(variants.LOSSES["undivided, k2"](model, batch, 0.25), ones, 1e-6)
+    named = variants.method_of(Run("grpo", cell=(("loss", "undivided"), ("collapsed", True))))
+    assert named == train.METHODS["grpo"]._replace(loss=variants.LOSSES["undivided"])
 
 
 def test_grpos_theory_is_of_its_cell_and_an_own_mean_in_a_group_of_n_raises_beta_by_1_in_n():
@@ -341,10 +328,8 @@ def test_a_collapsed_policy_says_one_sentence_about_a_wrong_noun():
     assert top.tolist() == at.ref_logprobs.where(at.rewards < -0.5, -math.inf).argmax(1).tolist()
 
 
-# ---------------------------------------------------------------- what is measured
 def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypatch):
-    # pi* itself cannot be had as a GPT; but a reward whose optimum is the policy can:
-    # r = beta log pi/pi_ref + f(x).
+    # A reward whose optimum is a given policy: r = beta log pi/pi_ref + f(x).
     model, ours = policy(), shared()
     ours.reference = copy.deepcopy(ours.reference).double()
 
@@ -424,7 +409,6 @@ def test_kto_is_counted_where_z0_is_0_and_trains_as_ever():
     assert noted == [True, False]
 
 
-# ---------------------------------------------------------------- reward models
 def optimum(rewards, beta):
     """pi_ref e^{r/beta} / Z: its logprobs."""
     weights = world().ref_logprobs.exp() * (rewards / beta).exp()

@@ -10,7 +10,6 @@ from helpers import gpt, near, normals, random_tokens
 from lab.exact import all_logprobs
 from model import GPT, GPTConfig, ScalarGPT, sample
 
-# The matrices that GPT-2 has transposed.
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 tanh_gelu = lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
@@ -28,9 +27,7 @@ def layer_norm(x, gain, bias, eps):
 def gpt2(weights, tokens, n_head=3, positions=(0, 1, 2, 3, 4, 5), sees=lambda t: range(t + 1),
          gelu=tanh_gelu, head_scale=True, eps=1e-5, output="wte.weight"):
     """GPT-2 once more, from weights in its own format, head by head: six tokens -> logits (6, V).
-
-    What is an argument has a wrong value that the test tries; token t attends to sees(t).
-    """
+    What is an argument has a wrong value that the test tries; token t attends to sees(t)."""
     T, D = len(tokens), weights["wte.weight"].shape[1]
     d = D // n_head
     x = weights["wte.weight"][tokens] + weights["wpe.weight"][list(positions)]
@@ -53,7 +50,6 @@ def gpt2(weights, tokens, n_head=3, positions=(0, 1, 2, 3, 4, 5), sees=lambda t:
     return x @ weights[output].T
 
 
-# ---------------------------------------------------------------- the network is GPT-2
 def test_logits_and_all_gradients_are_those_of_an_independent_gpt2_and_of_none_of_its_neighbours():
     # Theirs computes each row alone, with one matrix for input and output, and without dropout.
     model, tokens = gpt(), random_tokens(3, 6)
@@ -114,7 +110,6 @@ def test_a_scalar_gpt_is_a_copy_of_its_gpt_with_another_head_that_starts_at_0():
     assert near(model(tokens), theirs + model.scalar.bias, 1e-10)     # column t from tokens 0..t
 
 
-# ---------------------------------------------------------------- causality and the cache
 def test_neither_later_tokens_nor_the_cache_change_an_output_however_the_sequence_is_cut():
     scalar, tokens = ScalarGPT(gpt()).double(), random_tokens(2, 6)
     torch.nn.init.normal_(scalar.scalar.weight)
@@ -141,7 +136,6 @@ def test_a_sequence_that_is_too_long_is_refused_with_both_numbers():
     assert len(all_logprobs(model, tokens[0, :5], 3, eot=2)) == 1 + 4 + 4 ** 2 + 4 ** 3
 
 
-# ---------------------------------------------------------------- sampling
 def test_sampling_is_sampling_without_a_cache_and_refused_where_the_model_has_left_the_numbers():
     model, prompts, eot = gpt(), random_tokens(200, 3), 2
     generator, tokens, builds_a_graph = torch.Generator().manual_seed(7), prompts, []
@@ -159,15 +153,6 @@ def test_sampling_is_sampling_without_a_cache_and_refused_where_the_model_has_le
     model.ln_f.weight.data[0] = math.inf
     with pytest.raises(FloatingPointError, match="not numbers"):
         sample(model, prompts, 3, eot)
-
-
-# ---------------------------------------------------------------- precision and device
-def test_a_bfloat16_model_works():
-    tokens, model, cache = random_tokens(2, 5), gpt(noise=0.2).bfloat16(), []
-    logits = torch.cat([model(tokens[:, :3], cache), model(tokens[:, 3:], cache)], dim=1)
-    assert logits.dtype == torch.bfloat16
-    assert near(logits.double(), gpt(noise=0.2)(tokens), 0.1)
-    assert sample(model, tokens[:, :2], 3, 2)[0].shape == (2, 3)
 
 
 def test_everything_is_computed_where_the_model_is(monkeypatch):

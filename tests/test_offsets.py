@@ -1,8 +1,5 @@
-"""f(x) + c of a method, one number a prompt, in prompts that a level makes differ.
-
-Zero, estimated or learned: what each starts with, who gets it, and by which path it gets there. All
-of it in a language of 651 responses to a prompt.
-"""
+"""f(x) + c of a method, one number a prompt, in prompts that a level makes differ: what each starts
+with, who gets it, and by which path it gets there."""
 import functools
 import itertools
 import math
@@ -35,7 +32,6 @@ def prepared():
 
 
 def everything():
-    """All feedback in one batch, with f = c = 0."""
     return data.take(prepared().feedback, torch.arange(46))
 
 
@@ -58,7 +54,6 @@ def estimates(batch, beta, name="una-score-estimated"):
 
 
 def balances(batch, name):
-    """The logit of each prompt's mean score."""
     return [logit(sum(group) / len(group)) for group in own_scores(name, batch)]
 
 
@@ -70,7 +65,6 @@ def run(name, steps=3, offsets=None):
     return policy, offsets
 
 
-# ---------------------------------------------------------------- where an offset begins
 @pytest.mark.parametrize("name", STORED)
 def test_eq04_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
     method, batch = train.METHODS[name], everything()
@@ -144,7 +138,6 @@ def test_offsets_are_reported_as_they_are_at_the_end():
     assert train.begin(train.METHODS["una-online"], settings(), 0, prepared())[3] is None
 
 
-# ---------------------------------------------------------------- the losses, written out
 def written_out(name, batch, logit):
     """The loss of each response whose implicit reward is logit."""
     s = 1 / (1 + torch.exp(-logit))
@@ -167,7 +160,6 @@ def test_eq07_eq12_eq13_with_an_offset_are_the_losses_written_out(name, beta=0.2
         assert not near(value, written_out(name, batch, wrong), 1e-2)
 
 
-# ---------------------------------------------------------------- an offset that is learned
 @pytest.mark.parametrize("name", ["una-binary-learned", "una-score-learned"])
 def test_a_learned_offset_has_offset_times_the_learning_rate_of_the_weights(name):
     # Adam's first step is the learning rate, against the gradient's sign.

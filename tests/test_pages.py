@@ -42,7 +42,6 @@ def prose(page):
     return " ".join(re.sub(r"^\|[^\n]*$|^```\w*\n.*?^```$", "", page, flags=re.M | re.S).split())
 
 
-# ---------------------------------------------------------------- made-up runs
 def run(method="dpo", seed=1, lost=0.25, kl=0.75, **more):
     reached = dict(reward=1.5, kl=kl, objective=1.3125, lost=lost, optimum=1.5)
     if method not in ("reference", "optimum"):
@@ -70,7 +69,7 @@ def test_what_train_py_prints_has_medians_ranges_and_what_diverged():
     assert list(lines) == ["reference", "dpo", "kto", "optimum"]
     assert lines["dpo"][3] == "50.00%" and lines["dpo"][-3:] == "25.00% to 75.00%".split()
     assert lines["kto"][3] == "25.00%" and lines["kto"][-4:] == "1 of 2 diverged".split()
-    assert figures.line(diverged(2)).endswith("diverged: the loss is nan")
+    assert "diverged: the loss is nan" in figures.line(diverged(2))
     assert "lost 25.0%" in figures.line(run()) and "Worse than" not in figures.report(made)
     bad = results(run(lost=1.5), run("ppo", lost=0.5), run("kto", lost=9.0))
     assert "Worse than no training, so far: dpo, kto\n" in figures.report(bad)
@@ -82,31 +81,25 @@ def test_a_verdict_needs_all_seeds_to_agree_in_sign():
     low, high = of(0.1, 0.1, 0.12), of(0.2, 0.22, 0.13)
     assert compare.less(low, high) == ["10 % (10 to 12) against 20 % (13 to 22)", "−10 [−12, −1]",
                                       "replicates"]
-    assert compare.less(high, low)[-1] == "does not: the reverse"
-    for other in (of(0.2, 0.22, 0.11), of(0.2, 0.22, 0.12)):     # one seed against, one even
-        assert compare.less(low, other)[-1] == "does not: no difference shown"
-    assert compare.less(of(0.1, 0.1, 0.1), [*of(0.2, 0.3), diverged(3)])[-1] == "replicates"
-    assert compare.less([diverged(1)], [diverged(1)])[1:] == ["–", "–"]
+    for other, told in (([*of(0.2, 0.3), diverged(3)], "replicates"),
+                        (of(0.05, 0.05, 0.05), "does not: the reverse"),
+                        (of(0.2, 0.22, 0.11), "does not: no difference shown"),  # one seed against
+                        (of(0.2, 0.22, 0.12), "does not: no difference shown")):         # one even
+        assert compare.less(low, other)[-1] == told
     assert compare.sooner([1.0, 1.1], [2.0, 2.2])[1:] == ["× 2 [2, 2]", "replicates"]
 
 
-def test_numbers_ranges_and_what_is_needed():
+def test_numbers_ranges_and_when_a_share_of_the_gain_is_there():
     assert [compare.number(value) for value in (12.345, 1234.5, -0.5, math.nan, math.inf)] == [
         "12.3", "1234", "−0.5", "–", "∞"]
     assert compare.ranged([99.7, 5.0, 100.4]) == "100 (5 to 100)"
     assert compare.bad([0.5, 1.0, 1.5, math.inf]) == "2 of 4"
-    points = [(1200, [0.6, 0.8, 0.7]), (9600, [0.2, 0.9, 0.2]), (76_800, [0.02, 0.01, 0.03])]
-    half = 1200 * 8 ** (math.log(0.7 / 0.5) / math.log(0.7 / 0.2))
-    assert compare.needed(points, 0.5) == "2,100" and round(half, -2) == 2100
-    assert compare.needed(points, 0.99, 1 / 2) == "> 76,800"
-    assert compare.needed(points, 0.2, 5 / 6) == "≤ 1,200 (≤ 1,000)"
     curve = [dict(seconds=0.0, regret=2.0), dict(seconds=2.0, regret=0.02)]
     assert compare.seconds([run(curve=curve)], 0.9) == [pytest.approx(1.0)]
     assert compare.correlation([1, 2, 9], [5.0, 6.0, 7.0]) == pytest.approx(1)
     assert compare.correlation([1, 2, 3, 4], [0, 9, 5, 6]) == pytest.approx(0.4)   # 1 - 6 d² / 60
 
 
-# ---------------------------------------------------------------- the tables are the JSON files'
 def percent(shares):
     return "{} % ({} to {})".format(*(f"{value:.2g}" if value < 99.5 else f"{value:.0f}" for value
                                       in (100 * of(shares) for of in (median, min, max))))
@@ -196,7 +189,6 @@ def test_the_frontier_has_one_seeds_points_and_lost_a_dot_for_each_seed():
         50, 50]
 
 
-# ---------------------------------------------------------------- names, links and commands
 def test_every_word_for_pytest_k_selects_a_test_and_every_equation_has_one():
     names = [name for path in (ROOT / "tests").glob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)]
