@@ -125,7 +125,8 @@ def test_a_result_is_named_by_all_that_it_depends_on_the_code_and_versions_too(m
 @pytest.mark.parametrize("outcome, status, told, files", [
     (dict(runs=[]), 0, "", ["online.json"]),
     (KeyboardInterrupt(), 130, "interrupted. What has ended .*: the same command goes on", []),
-    (FileNotFoundError("stored.json"), 2, "python -m lab: --out .*: stored.json", [])])
+    (FileNotFoundError("stored.json"), 2, "python -m lab: --out .*: stored.json", []),
+    (json.JSONDecodeError("half", "{", 1), 2, "python -m lab: --out .*: half: line 1 .*", [])])
 def test_a_plan_is_written_whole_or_ends_in_one_line(
         outcome, status, told, files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "fill", lambda folder: None)

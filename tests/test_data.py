@@ -97,7 +97,6 @@ def test_reward_by_hand_and_by_an_independent_one_row_by_row():
     x, y = zip(*by_hand)
     rewards = data.reward(data.encode_prompts(x), data.encode_responses(y)[0])
     assert rewards.tolist() == pytest.approx([*by_hand.values()], abs=1e-6)
-    # In a batch: all of the grammar on all prompts, and TOKENS, the cut-off ones too.
     words = [*(word.strip() for word in data.WORDS), "END"]
     responses = torch.cat([data.encode_responses(GOOD)[0].repeat_interleave(16, 0), TOKENS])
     texts = (PROMPTS * len(responses))[:len(responses)]

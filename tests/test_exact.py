@@ -54,7 +54,6 @@ def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models
         logprobs = all_logprobs(gpt(noise=0.2).to(dtype), random_tokens(3), 3, 2)
         assert logprobs.dtype == torch.float32 and near(logprobs.double(), expected, off)
         assert logprobs.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
-    # In the toy: of a float32 model only nearly 1.
     (prompt,) = prompts = data.encode_prompts(data.TRAIN_PROMPTS[:1])
     toy = gpt(26, 7, n_head=4, n_embd=64, noise=0.3, dtype=torch.float32)
     raw = all_logprobs(toy, prompt, data.MAX_TOKENS, data.EOT).double()

@@ -430,9 +430,9 @@ def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_ow
     assert not close(half(tilted + normals(92)(8, 5)), 0.0)
 
 
-def test_map_grpo_is_the_policy_gradient_of_rewards_over_their_spread_but_for_its_other_KL():
+def test_map_grpo_is_eq07_of_rewards_over_their_spread_but_for_its_KL_which_is_k2_in_eq07():
     # Shao et al. 2024, the first inner step, whole responses: -A_i log pi + beta k3, with A = (r -
-    # mean r)/std r. Eq. 7 has rho where k3 has its slope 1 - pi_ref/pi: the slope of k2 = rho^2/2.
+    # mean r)/std r. Sample by sample Eq. 7 is the same with k2.
     (policy, ref, rewards), beta = LISTS, 0.3
     for r in (rewards / rewards.std(1, keepdim=True), rewards):
         una = lambda p: una_reward_loss(implicit_reward(p, ref, beta, own_mean(r)), r) / (2 * beta)
@@ -472,9 +472,8 @@ def test_map_anchor_is_on_average_the_KL_of_pi_ref_and_pi_and_feels_what_pairs_d
 
 
 def test_relation_a_pair_with_its_best_offset_is_twice_dpo_at_half_beta_or_half_of_rebel():
-    # -log sigma(w + b) - log sigma(-(l + b)) is smallest where w + b = -(l + b); the squared errors
-    # of two rewards are at the mean error. Both are convex in b, with slope 0 there: the gradient
-    # is that of the loss with the best b held fixed.
+    # -log sigma(w + b) - log sigma(-(l + b)) is smallest where w + b = -(l + b). Both losses are
+    # convex in b, with slope 0 there: the gradient is that with the best b held fixed.
     (policy, ref, rewards), beta = PAIRS, 0.3
     dpo = lambda p, beta=beta / 2, times=2: times * dpo_loss(*p, *ref, beta)
     rebel = lambda p, half=0.5: half * (

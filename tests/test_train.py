@@ -197,7 +197,6 @@ def test_fresh_batches_are_the_policys_samples_with_rewards_of_the_judge_or_of_t
 
 
 def test_eq07_eq09_online_take_the_mean_residual_of_a_prompts_samples_for_f_and_c_or_none():
-    # That the mean residual has (n - 1)/n of the gradient with the others': map_rloo.
     reference = copy.deepcopy(small().reference).double()
     policy, shared = moved(reference), changed(small(), reference=reference)
     batch = next(train.fresh_batches(policy, None, shared, 9, 0, level=1.0))    # three a prompt
