@@ -59,7 +59,7 @@ def test_a_path_ends_where_brute_force_over_the_triangle_finds_the_least_loss(na
         assert not near(ends[other].exp(), found, 0.02), other
 
 
-def test_grpos_kl_in_the_loss_ends_at_its_own_optimum_and_not_at_rlhfs(ends):
+def test_at_pi_star_end_scores_with_beta_log_z_pairs_and_rlhf_and_grpo_at_its_own_optimum(ends):
     optimum = una.k3_optimal_policy(REF, REWARDS, BETA)
     assert near(ends["grpo"], optimum, 1e-8)
     other_way = GRID @ REWARDS - BETA * (REFERENCE * (REFERENCE / GRID).log()).sum(-1)
@@ -69,6 +69,8 @@ def test_grpos_kl_in_the_loss_ends_at_its_own_optimum_and_not_at_rlhfs(ends):
     for name in ends:                                            # three end at pi*, no other
         at_best = name in ("scores, beta log Z", "pairs", "rlhf")
         assert near(ends[name], BEST, 1e-6 if at_best else 0.1) == at_best, name
+    half = descend(lambda p: triangle.scores(p, BETA_LOG_Z / 2))[-1]
+    assert not near(half, BEST, 0.1)                             # another offset leads elsewhere
 
 
 def test_pairs_in_which_y3_was_never_judged_end_anywhere_on_a_line_of_minima(ends):
