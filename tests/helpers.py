@@ -3,6 +3,7 @@ import copy
 
 import torch
 
+import data
 from model import GPT, GPTConfig
 
 
@@ -30,7 +31,6 @@ def gradient(loss, theta):
 
 
 def gradient_in(model, loss):
-    """d loss / d each parameter of a model."""
     return torch.autograd.grad(loss, [*model.parameters()])
 
 
@@ -43,6 +43,12 @@ def gpt(vocab_size=5, block_size=7, n_layer=2, n_head=3, n_embd=12, seed=0, nois
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
     return model
+
+
+def toy_gpt():
+    """A GPT of the experiment's size, vocabulary and precision."""
+    return gpt(data.ENCODING.n_vocab, data.BLOCK_SIZE, n_head=4, n_embd=64, noise=0.3,
+               dtype=torch.float32)
 
 
 def random_tokens(*shape, vocab_size=5, seed=0):

@@ -8,7 +8,7 @@ import torch
 import data
 import train
 import una
-from helpers import close, gpt, moved, near, random_tokens
+from helpers import close, gpt, moved, near, random_tokens, toy_gpt
 from lab import exact
 from lab.exact import all_logprobs, all_responses
 from model import ScalarGPT
@@ -55,9 +55,8 @@ def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models
         assert logprobs.dtype == torch.float32 and near(logprobs.double(), expected, off)
         assert logprobs.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
     (prompt,) = prompts = data.encode_prompts(data.TRAIN_PROMPTS[:1])
-    toy = gpt(26, 7, n_head=4, n_embd=64, noise=0.3, dtype=torch.float32)
-    raw = all_logprobs(toy, prompt, data.MAX_TOKENS, data.EOT).double()
-    (normalised,) = exact.policy_logprobs(toy, prompts)
+    raw = all_logprobs(toy_gpt(), prompt, data.MAX_TOKENS, data.EOT).double()
+    (normalised,) = exact.policy_logprobs(toy_gpt(), prompts)
     assert close(normalised, raw, 1e-5)
     assert (normalised.exp().sum() - 1).abs() < 1e-12 < (raw.exp().sum() - 1).abs() < 1e-4
     # A device without numbers: a tensor that was made on another one would not mix with it.
@@ -138,7 +137,6 @@ def test_reference_and_optimum_are_pi_ref_and_pi_star_in_every_world(language):
 
 
 def variance(logprobs, values):
-    """Of values under a distribution, mean over the prompts."""
     mean = (logprobs.exp() * values).sum(1, keepdim=True)
     return (logprobs.exp() * (values - mean) ** 2).sum(1).mean().item()
 

@@ -51,7 +51,6 @@ def gpt2(weights, tokens, n_head=3, positions=(0, 1, 2, 3, 4, 5), sees=lambda t:
 
 
 def test_logits_and_all_gradients_are_those_of_an_independent_gpt2_and_of_none_of_its_neighbours():
-    # Theirs computes each row alone, with one matrix for input and output, and without dropout.
     model, tokens = gpt(), random_tokens(3, 6)
     weights = gpt2_format(model)
     ours, theirs = model(tokens), torch.stack([gpt2(weights, row) for row in tokens])
