@@ -20,10 +20,7 @@ def language():
 
 @pytest.fixture
 def short(language, monkeypatch):
-    """A function that runs train.main(FLAGS + flags) in the small language: status, results.
-
-    Without pictures: they cost more than all the rest.
-    """
+    """A function that runs train.main(FLAGS + flags) without pictures: status, results."""
     import toy
     import train
 

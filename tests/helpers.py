@@ -31,7 +31,6 @@ def gradient(loss, theta):
 
 
 def gradient_in(model, loss):
-    """d loss / d each parameter of a model."""
     return torch.autograd.grad(loss, [*model.parameters()])
 
 
@@ -44,11 +43,6 @@ def gpt(vocab_size=5, block_size=7, n_layer=2, n_head=3, n_embd=12, seed=0, nois
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
     return model
-
-
-def abc(seed=0, **config):
-    """The world {a, b, end} of three tokens: a model for it."""
-    return gpt(vocab_size=3, seed=seed, **config)
 
 
 def toy_gpt():

@@ -15,7 +15,6 @@ from data import ADJECTIVES, ENCODING, EOT, HELDOUT_PROMPTS, MOODS, NOUNS, PROMP
 from helpers import near
 from lab.exact import all_responses
 
-# All responses of the grammar.
 GOOD = [f" {a} {b} {noun}" for a in ADJECTIVES for b in ADJECTIVES for noun in NOUNS]
 # Of the 406,901 responses there are, the 651 of up to two words and every 61st of the others.
 ROWS = torch.cat([torch.arange(651), torch.arange(651, 406_901, 61)])
@@ -32,74 +31,52 @@ def slow_reward(prompt, words):
     return quality if words[2] == noun else quality - 1
 
 
-def within(count, n, p):
-    """Is a count of successes in n trials what the probability p would give?"""
-    return abs(count - n * p) < 4.5 * math.sqrt(n * p * (1 - p))
-
-
 def chi_square(counts, probs):
     n = sum(counts.values())
     assert counts.keys() <= probs.keys() and sum(probs.values()) == pytest.approx(1)
     return sum((counts[key] - n * p) ** 2 / (n * p) for key, p in probs.items())
 
 
-# ---------------------------------------------------------------- the tokenizer
 def test_each_of_25_words_is_one_token_and_end_of_text_the_last_without_a_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     encoding = runpy.run_path(data.__file__)["ENCODING"]
-    words = [*MOODS, *NOUNS, *ADJECTIVES, ":"]
-    assert encoding.n_vocab == 26 == len({*words}) + 1 and len(words) == len(data.WORDS)
+    assert encoding.n_vocab == 26 == len({*MOODS, *NOUNS, *ADJECTIVES, ":"}) + 1
     assert [encoding.encode_ordinary(word) for word in data.WORDS] == [[i] for i in range(25)]
     assert EOT == 25 and encoding.decode([25]) == "<|endoftext|>"
 
 
 def test_text_that_is_not_of_the_language_is_refused_in_one_line():
-    # The first unknown word stands between slashes. No text can inject an end-of-text.
-    for encode, known, marked in (
-            (data.encode_prompts, PROMPTS, ["happy/ ocean/ :", "/ happy/ sea :", "happy/ sea:/",
-                                            "happy sea :/ /", "happy sea/ :<|endoftext|>/"]),
-            (data.encode_responses, GOOD, [" golden/ warmsea/", "/golden/ sea", " golden/ / sea",
-                                           " sea/ /", " golden/\x1c/sea", " sea/ happy/", "/ /",
-                                           "/<|endoftext|>/", " sea/ ocean/ sea sea lake"])):
-        for text, word in ((text.replace("/", ""), text.split("/")[1]) for text in marked):
-            with pytest.raises(ValueError, match=f"^{re.escape(f'{word!r} in {text!r} is no')}"):
-                encode([*known, text])
-    # Too few or too many words, or no room for the response's end.
-    for text, n in {"": 0, "happy sea": 2, "happy sea : :": 4}.items():
-        with pytest.raises(ValueError, match=f"a prompt has 3 words, {text!r} has {n}"):
-            data.encode_prompts([*PROMPTS, text])
-    with pytest.raises(ValueError, match="at most 3 words and an end-of-text, .* has 4 words"):
-        data.encode_responses([*GOOD, " sea sea sea sea"])
+    # No text can inject an end-of-text. Nor may there be too few or too many words.
+    for encode, known, text, told in (
+            (data.encode_prompts, PROMPTS, "happy ocean :", "' ocean' in 'happy ocean :' is no"),
+            (data.encode_prompts, PROMPTS, "happy sea : ", "' ' in 'happy sea : ' is no"),
+            (data.encode_responses, GOOD, "<|endoftext|>", "'<|endoftext|>' in '<|endoftext|>' is"),
+            (data.encode_responses, GOOD, " golden\x1csea", r"'\x1c' in ' golden\x1csea' is no"),
+            (data.encode_prompts, PROMPTS, "", "a prompt has 3 words, '' has 0"),
+            (data.encode_prompts, PROMPTS, "happy sea : :", "3 words, 'happy sea : :' has 4"),
+            (data.encode_responses, GOOD, " sea sea sea sea", "has 4 words")):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            encode([*known, text])
 
 
 def test_prompts_are_twelve_and_four_held_out_with_each_mood_and_noun_and_survive_encoding():
-    moods, nouns, colons = zip(*(prompt.split() for prompt in HELDOUT_PROMPTS), strict=True)
+    moods, nouns, _ = zip(*(prompt.split() for prompt in HELDOUT_PROMPTS))
     assert sorted(moods) == sorted(MOODS) and sorted(nouns) == sorted(NOUNS)
-    assert colons == (":",) * 4 and len(TRAIN_PROMPTS) == 12
     assert {*TRAIN_PROMPTS, *HELDOUT_PROMPTS} == {*PROMPTS} and len({*PROMPTS}) == 16
     tokens, encode = data.encode_prompts(PROMPTS), ENCODING.encode_ordinary
-    assert tokens.shape == (16, data.PROMPT_TOKENS) == (16, 3) and tokens.dtype == torch.long
+    assert tokens.shape == (16, 3) and len(TRAIN_PROMPTS) == 12
     assert [ENCODING.decode(row) for row in tokens.tolist()] == PROMPTS
-    # Text encodes the same in one piece or two.
     for prompt, response in itertools.product(PROMPTS, ["", " sea", " :", *GOOD[::37]]):
         assert encode(prompt + response) == encode(prompt) + encode(response)
 
 
-def test_every_response_survives_decoding_and_encoding_or_is_shown_with_dots_where_cut_off():
-    # But for those with a mood behind another word: it has no space and runs into that word.
-    spoken, rows = [], []
-    for i, words in enumerate(TOKENS.tolist()):
-        text = data.decode_response(TOKENS[i], MASK[i])
-        if EOT not in words:
-            assert text == "".join(data.WORDS[word] for word in words) + " ..."
-        elif min(words[1:]) >= len(MOODS):
-            spoken.append(text), rows.append(i)
-        else:
-            with pytest.raises(ValueError, match="is no word"):
-                data.encode_responses([text])
-    assert len(set(spoken)) == len(spoken) > 1 + 25 + 25 * 21
-    tokens, mask = data.encode_responses(spoken)
-    assert torch.equal(tokens, TOKENS[rows]) and torch.equal(mask, MASK[rows])
+def test_a_response_survives_decoding_and_encoding_or_is_shown_with_dots_where_cut_off():
+    grammatical = (data.KIND[TOKENS] == data.GRAMMAR).all(1)
+    texts = [data.decode_response(*row) for row in zip(TOKENS[grammatical], MASK[grammatical])]
+    assert len(texts) > 10 and all(map(torch.equal, data.encode_responses(texts), (
+        TOKENS[grammatical], MASK[grammatical])))
+    assert data.decode_response(TOKENS[-1], MASK[-1]) == "".join(
+        data.WORDS[word] for word in TOKENS[-1]) + " ..."
 
 
 def test_a_response_gets_one_end_and_stands_behind_its_prompt_where_the_mask_is_true():
@@ -113,16 +90,13 @@ def test_a_response_gets_one_end_and_stands_behind_its_prompt_where_the_mask_is_
                                    [0, 0, 0, 1, 0, 0, 0]]
 
 
-# ---------------------------------------------------------------- the reward
 def test_reward_by_hand_and_by_an_independent_one_row_by_row():
-    for prompt, text, by_hand in [
-        ("happy sea", " bright warm sea", 0.8 + 0.7), ("sad sea", " bright warm sea", -0.8 - 0.7),
-        ("calm sea", " warm bright sea", 0.3 - 0.5), ("wild fire", " soft furious fire", 0.9 - 0.7),
-        ("happy sea", " bright warm wind", 0.8 + 0.7 - 1), ("happy sea", " bright sea", -3.0),
-    ]:
-        reward = data.reward(data.encode_prompts([f"{prompt} :"]), data.encode_responses([text])[0])
-        assert reward.tolist() == pytest.approx([by_hand], abs=1e-6), text
-    # In a batch: all of the grammar on all prompts, and TOKENS, the cut-off ones too.
+    by_hand = {("happy sea :", " bright warm sea"): 0.8 + 0.7, ("happy sea :", " bright sea"): -3.0,
+               ("calm sea :", " warm bright sea"): 0.3 - 0.5,
+               ("happy sea :", " bright warm wind"): 0.8 + 0.7 - 1}
+    x, y = zip(*by_hand)
+    rewards = data.reward(data.encode_prompts(x), data.encode_responses(y)[0])
+    assert rewards.tolist() == pytest.approx([*by_hand.values()], abs=1e-6)
     words = [*(word.strip() for word in data.WORDS), "END"]
     responses = torch.cat([data.encode_responses(GOOD)[0].repeat_interleave(16, 0), TOKENS])
     texts = (PROMPTS * len(responses))[:len(responses)]
@@ -132,7 +106,6 @@ def test_reward_by_hand_and_by_an_independent_one_row_by_row():
     rewards = data.reward(prompts, responses)
     assert near(rewards, slow, 1e-6)
     assert not near(data.reward(prompts.roll(1, 0), responses), slow, 0.1)
-    # For each prompt from -3, which no other response falls below.
     for of_prompt in rewards[:16 * len(GOOD)].view(-1, 16).T:
         assert [of_prompt.min().item(), of_prompt.max().item()] == pytest.approx([-3, 2])
     elsewhere = (SimpleNamespace(cpu=lambda t=t: t) for t in (prompts, responses))
@@ -149,12 +122,9 @@ def test_the_level_of_a_prompt_is_its_nouns_whatever_its_mood_and_0_on_average()
         assert levels.sum().item() == pytest.approx(0, abs=1e-6) and len(levels.unique()) == 4
 
 
-# ---------------------------------------------------------------- sentences
 def test_sentences_come_from_their_seed_lean_to_the_mood_and_one_in_ten_has_a_random_word():
-    state = random.getstate(), torch.get_rng_state()
     first, again, other = (data.sentences(50, random.Random(seed)) for seed in (1, 1, 2))
     assert first == again != other and len(first[0]) == len(first[1]) == 50
-    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     # A word is replaced with chance 1/30, by one of 21. Chance passes each limit once in 10^6.
     prompts, responses = data.sentences(30_000, random.Random(0))
     assert chi_square(Counter(prompts), dict.fromkeys(PROMPTS, 1 / 16)) < 56.5
@@ -175,18 +145,14 @@ def test_sentences_come_from_their_seed_lean_to_the_mood_and_one_in_ten_has_a_ra
         assert chi_square(last, own_noun) < 66
         for wrong in (0, 2, -1):
             assert chi_square(first, leaning(mood, wrong)) > 150
-    # One word in a sentence, never two: 5 words of 21 are no adjective, 17 no noun.
-    ungrammatical = sum(response not in {*GOOD} for response in responses[:5000])
-    assert within(ungrammatical, 5000, 0.1 * (2 / 3 * 5 / 21 + 1 / 3 * 17 / 21))
-    assert within(sum(" :" in response for response in responses), 30_000, 0.1 / 21)
+    noise = sum(" :" in response for response in responses)      # 30,000 * 0.1 / 21 = 143 +- 12
+    assert abs(noise - 143) < 55
 
 
-# ---------------------------------------------------------------- feedback
 def test_feedback_draws_the_winner_of_two_answers_by_their_rewards_and_then_labels_by_the_level():
     # One draw for each two rows, identical or not, and one for each row; of its own generator.
     prompts, texts = [prompt for prompt in TRAIN_PROMPTS for _ in range(2)], GOOD[:24]
     texts[7], texts[20] = texts[6], texts[21]                    # pairs 3 and 10 are identical
-    # These differ in one token.
     texts[:6] = [" warm cold sea", " cold cold sea", " cold warm sea", " cold cold sea",
                  " warm cold sea", " warm cold wind"]
     prompts, texts = 20 * prompts, 20 * texts
@@ -194,7 +160,6 @@ def test_feedback_draws_the_winner_of_two_answers_by_their_rewards_and_then_labe
     r = torch.tensor([slow_reward(x, [*y.split(), "END"]) for x, y in zip(prompts, texts)])
     f = torch.tensor([{"sea": -2, "wind": -2 / 3, "fire": 2 / 3, "night": 2}[prompt.split()[1]]
                       for prompt in prompts])
-    state = torch.get_rng_state()
     for level, score in ((0.0, torch.sigmoid(r)), (2.0, torch.sigmoid(r + f))):
         ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
         feedback = data.feedback_on(x, y, mask, ours, level)
@@ -205,10 +170,8 @@ def test_feedback_draws_the_winner_of_two_answers_by_their_rewards_and_then_labe
         assert torch.equal(feedback.labels, torch.bernoulli(score, generator=theirs))
         assert near(feedback.scores, score, 1e-6)
     assert all(map(torch.equal, (feedback.tokens, feedback.mask), data.join(x, y, mask)))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---------------------------------------------------------------- KTO's mismatched pairs
 def test_mismatched_pairs_take_the_nearest_row_before_with_another_prompt_or_are_refused():
     # Three prompts in every order, and longer ones: in turn, or one prompt among many of another.
     orders = [order for n in (1, 2, 3, 4) for order in itertools.product(range(3), repeat=n)]

@@ -8,7 +8,7 @@ import torch
 import data
 import train
 import una
-from helpers import abc, close, gpt, moved, near, random_tokens, toy_gpt
+from helpers import close, gpt, moved, near, random_tokens, toy_gpt
 from lab import exact
 from lab.exact import all_logprobs, all_responses
 from model import ScalarGPT
@@ -22,13 +22,11 @@ def world():
         "--reference-steps 20 --n-layer 1 --n-head 2 --n-embd 32 --device cpu".split()), 0),
         data.TRAIN_PROMPTS[:2], 0.25)                            # of the nouns wind and fire
     world.best, _ = una.optimal_policy(world.ref_logprobs, world.rewards, 0.25)
-    # Some way to the optimum, and not straight.
     world.policy = (0.6 * world.ref_logprobs + 0.4 * world.best
                     + 0.3 * torch.sin(torch.arange(406_901.0))).log_softmax(1)
     return world
 
 
-# ---------------------------------------------------------------- all responses and probabilities
 def test_all_responses_are_the_strings_cut_behind_their_first_end_406901_in_the_toy(world):
     for vocab_size, max_tokens, eot in ((3, 3, 2), (3, 3, 0), (4, 3, 1), (2, 4, 1), (4, 1, 3)):
         tokens, mask = all_responses(vocab_size, max_tokens, eot)
@@ -48,16 +46,14 @@ def test_all_responses_are_the_strings_cut_behind_their_first_end_406901_in_the_
 
 def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models_device():
     for eot, max_tokens in itertools.product((0, 1, 2), (1, 2, 3)):
-        logprobs = all_logprobs(abc(), torch.tensor([0, 2, 1]), max_tokens, eot)
+        logprobs = all_logprobs(gpt(3), torch.tensor([0, 2, 1]), max_tokens, eot)
         assert len(logprobs) == 2 ** (max_tokens + 1) - 1 and logprobs.dtype == torch.float64
         assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-10)
     expected = all_logprobs(gpt(noise=0.2), random_tokens(3), 3, 2)
     for dtype, off in ((torch.bfloat16, 0.1), (torch.float16, 0.05), (torch.float32, 1e-5)):
         logprobs = all_logprobs(gpt(noise=0.2).to(dtype), random_tokens(3), 3, 2)
         assert logprobs.dtype == torch.float32 and near(logprobs.double(), expected, off)
-        # A softmax in bfloat16 would round away more than that, at the first token already.
         assert logprobs.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
-    # In the toy: of a float32 model only nearly 1.
     (prompt,) = prompts = data.encode_prompts(data.TRAIN_PROMPTS[:1])
     raw = all_logprobs(toy_gpt(), prompt, data.MAX_TOKENS, data.EOT).double()
     (normalised,) = exact.policy_logprobs(toy_gpt(), prompts)
@@ -65,14 +61,15 @@ def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models
     assert (normalised.exp().sum() - 1).abs() < 1e-12 < (raw.exp().sum() - 1).abs() < 1e-4
     # A device without numbers: a tensor that was made on another one would not mix with it.
     model = gpt(dtype=torch.float32).to("meta")
-    for listed, of in ((all_logprobs, model), (exact.all_rewards, ScalarGPT(abc()).to("meta"))):
+    for listed, of in ((all_logprobs, model), (exact.all_rewards, ScalarGPT(gpt(3)).to("meta"))):
         assert listed(of, random_tokens(3, vocab_size=3).to("meta"), 3, 2).device.type == "meta"
 
 
 def test_all_logprobs_and_all_rewards_are_those_of_whole_responses_without_a_cache(language):
-    model, scalar = gpt(), moved(ScalarGPT(gpt()).double())
-    for prompt, eot in (([1], 0), ([1], 4), ([3, 0, 2, 2], 2)):
-        prompt, (responses, mask) = torch.tensor(prompt), all_responses(5, 3, eot)
+    # 12 ** 2 strings of two words: too many for one pass of all_rewards.
+    model, scalar = gpt(13), moved(ScalarGPT(gpt(13)).double())
+    for prompt, eot in (([1], 0), ([1], 12), ([3, 0, 2, 2], 2)):
+        prompt, (responses, mask) = torch.tensor(prompt), all_responses(13, 3, eot)
         tokens, row = data.join(prompt.expand(len(responses), -1), responses, mask)
         logprobs = all_logprobs(model, prompt, 3, eot)
         assert close(logprobs, una.sequence_logprob(model(tokens), tokens, row).detach())
@@ -85,7 +82,6 @@ def test_all_logprobs_and_all_rewards_are_those_of_whole_responses_without_a_cac
         exact.policy_logprobs(model, small().worlds["train"].prompts)
 
 
-# ---------------------------------------------------------------- what a policy reaches
 def test_eq03_the_optimum_beats_all_and_regret_is_beta_times_the_kl_to_it(world):
     # J* - J(pi) = beta KL(pi || pi*): put r = beta log pi*/pi_ref + beta log Z into Eq. 3.
     def objective(logprobs, beta):
@@ -115,7 +111,6 @@ def test_the_frontier_is_the_dual_bound_and_no_policy_is_above_it(world):
         bound = min(b * figures["kl"] + value for b, value in zip(grid, values))
         assert figures["frontier_reward"] == pytest.approx(bound, abs=2e-3)
         assert figures["reward"] < figures["frontier_reward"] - below
-    # All responses of one reward are as one.
     kl = exact.kl_divergence(world.best, world.ref_logprobs).mean().item()
     reward = exact.expect(world.best, world.rewards).mean().item()
     assert exact.tilted(world, 0.25) == pytest.approx((kl, reward))
@@ -142,7 +137,6 @@ def test_reference_and_optimum_are_pi_ref_and_pi_star_in_every_world(language):
 
 
 def variance(logprobs, values):
-    """Of values under a distribution, mean over the prompts."""
     mean = (logprobs.exp() * values).sum(1, keepdim=True)
     return (logprobs.exp() * (values - mean) ** 2).sum(1).mean().item()
 
@@ -156,7 +150,6 @@ def test_eq18_at_the_optimum_alone_the_residual_is_constant_and_dots_lie_on_the_
     assert explicit == pytest.approx(implicit, abs=2e-3)
     assert len(explicit) == (world.ref_logprobs.exp() > 1 / 300).sum() > 0
     explicit, implicit = exact.reward_dots(world, world.ref_logprobs)
-    assert {*implicit} <= {round(value, 3) for value in world.optimum.tolist()}
     assert explicit != pytest.approx(implicit, abs=0.1)
 
 
@@ -170,20 +163,6 @@ def test_eq16_neither_the_gain_nor_any_regret_knows_the_level_only_j_and_its_max
         assert after[name] == pytest.approx(before[name], abs=1e-6), name
 
 
-def test_from_the_smallest_beta_to_the_largest_regret_is_a_number_and_the_gain_is_exact(language):
-    # log E e^{r/b} = E r / b + Var r / 2 b^2 + ..., so J* - J(pi_ref) = Var r / 2 b + O(1 / b^2).
-    # Without normalised probabilities float32's rounding would be more than the gain.
-    reference = small().reference
-    for beta, off in ((1e-4, None), (1e3, 1e-2), (1e6, 0.1)):    # there float64's digits run out
-        world = exact.World(reference, data.TRAIN_PROMPTS, beta)
-        figures = exact.evaluate(world, exact.policy_logprobs(moved(reference), world.prompts))
-        assert all(map(math.isfinite, figures.values())) and figures["regret"] >= 0, beta
-        if off:
-            expected = variance(world.ref_logprobs, world.rewards) / (2 * beta)
-            assert world.gain.mean().item() == pytest.approx(expected, rel=off)
-
-
-# ---------------------------------------------------------------- kinds of strings
 def test_each_string_is_of_one_kind_and_its_mass_is_counted_there(world):
     masses = exact.masses(world, world.policy)
     assert [*masses] == [*exact.KINDS] and sum(masses.values()) == pytest.approx(1)

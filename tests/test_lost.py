@@ -78,8 +78,7 @@ def test_a_run_says_what_it_lost_on_the_responses_it_learned_from(name, language
 
 
 def test_eq10_the_logit_of_a_token_that_begins_neither_response_has_no_gradient():
-    # Why pairs leak: what cancels f(x) cancels the normaliser too, and with it the price of leaving
-    # what was judged. A score has that price.
+    # Why pairs leak: what cancels f(x) cancels the price of leaving what was judged, too.
     logits, beta, ref = normals(2)(6), 0.5, -1.8
 
     def pair(z):

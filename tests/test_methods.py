@@ -21,6 +21,7 @@ from una import (
     dpo_loss,
     estimated_offset,
     implicit_reward,
+    kl_estimate,
     kto_loss,
     optimal_policy,
     reward_model_loss,
@@ -57,8 +58,6 @@ margin = lambda p, ref, beta: torch.sub(*implicit_reward(p, ref, beta, offset=0.
 own_mean = lambda values: values.mean(1, keepdim=True)
 others_mean = lambda values: (values.sum(1, keepdim=True) - values) / (values.shape[1] - 1)
 
-
-# ---------------------------------------------------------------- the map: pairs, no offset
 
 MISTAKES = ["unshifted labels", "padding counted", "prompt counted", "mean for sum", "swapped pair",
             "reference = policy", "no reference", "other reference", "missing beta", "no log sigma"]
@@ -97,19 +96,23 @@ def test_map_dpo_is_the_pair_loss_from_logits_to_loss_and_each_mistake_is_seen()
     assert same(lambda z: dpo_loss(*of_all(z), *of_all(ref_logits), 0.3), paper, logits)
 
 
-def test_map_ipo_map_rebel_and_map_sppo_are_the_reward_loss_of_margins_or_of_win_rates():
+def test_map_ipo_map_rebel_map_distilled_map_copg_and_map_sppo_are_the_reward_loss():
     (policy, ref, rewards), tau, eta = PAIRS, 0.3, 2.5
     # Azar et al. 2023: (h - 1/(2 tau))^2 with h = rho_w - rho_l. Times tau^2: (tau h - 1/2)^2.
     ipo = lambda p: ((p[0] - p[1]) - (ref[0] - ref[1]) - 1 / (2 * tau)) ** 2
     una = lambda p, target=0.5, beta=tau: una_reward_loss(margin(p, ref, beta), target) / tau**2
     assert finds(una, ipo, policy, dict(target=1.0), dict(target=-0.5), dict(beta=1.0))
     # Gao et al. 2024: ((1/eta) (rho - rho') - (r - r'))^2, so beta = 1/eta. No label: r itself.
+    # Distilled DPO, Fisch et al. 2024, has the same but that pi_ref stays. Flet-Berliac et al. 2024
+    # climb (R - R') (grad log pi(y) - grad log pi(y')) with R = r - beta rho.
     rebel = lambda p: (((p[0] - ref[0]) - (p[1] - ref[1])) / eta - (rewards[0] - rewards[1])) ** 2
     una = lambda p, beta=1 / eta, r=rewards: una_reward_loss(margin(p, ref, beta), r[0] - r[1])
     assert finds(una, rebel, policy, dict(beta=eta), dict(r=rewards.flip(0)))
-    # Wu et al. 2024: (rho - eta (P - 1/2))^2, P the chance to beat a response of the last policy.
-    # Of two that are drawn alike each wins as often: P has the mean 1/2, which is f(x) + c. A judge
-    # who is asked once says 1 or 0.
+    for R, copg in ((rewards - (policy - ref) / eta, True), (rewards, False)):      # no KL
+        climb = torch.stack([R[0] - R[1], R[1] - R[0]])
+        assert close(gradient(una, policy), -2 / eta * climb) == copg
+    # Wu et al. 2024. P, the chance to beat one of the last policy's, has the mean 1/2: f(x) + c. A
+    # judge who is asked once says 1 or 0.
     for P in (torch.sigmoid(rewards), LABEL):
         sppo = lambda p: (p - ref - eta * (P - 0.5)) ** 2
         una = lambda p, offset=0.5, target=P, beta=1 / eta: eta**2 * una_reward_loss(
@@ -133,22 +136,7 @@ def test_map_reward_aware_rpo_is_cross_entropy_less_its_entropy_with_the_label_s
                  dict(less=0.0))
 
 
-def test_map_distilled_dpo_and_map_copg_are_the_reward_loss_of_margins_with_pi_ref_held():
-    # Fisch et al. 2024: (r - r' - beta (rho - rho'))^2: REBEL's, but pi_ref stays. Flet-Berliac et
-    # al. 2024 climb (R - R') (grad log pi(y) - grad log pi(y')) with R = r - beta rho.
-    (policy, ref, rewards), beta = PAIRS, 0.3
-    rho = lambda p: p - ref
-    distilled = lambda p: (rewards[0] - rewards[1] - beta * (rho(p)[0] - rho(p)[1])) ** 2
-    una = lambda p, beta=beta, r=rewards: una_reward_loss(margin(p, ref, beta), r[0] - r[1])
-    assert finds(una, distilled, policy, dict(beta=1.0), dict(r=rewards.flip(0)))
-    for R, copg in ((rewards - beta * rho(policy), True), (rewards, False)):        # no KL
-        climb = torch.stack([R[0] - R[1], R[1] - R[0]])
-        assert close(gradient(una, policy), -2 * beta * climb) == copg
-
-
 def test_map_odpo_is_the_pair_loss_with_a_margin_and_map_gpo_any_convex_function_of_its_margin():
-    # Amini et al. 2024: -log sigma(beta (rho_w - rho_l) - m), m from the scores of the two. It is
-    # no f(x) + c, which cancels.
     (policy, ref, rewards), beta = PAIRS, 0.3
     difference = lambda p: beta * ((p[0] - ref[0]) - (p[1] - ref[1]))
     m = 0.5 * (rewards[0] - rewards[1]).abs().log()
@@ -164,8 +152,8 @@ def test_map_odpo_is_the_pair_loss_with_a_margin_and_map_gpo_any_convex_function
 
 
 def test_map_ranked_pro_is_the_pair_loss_of_each_response_and_all_worse_ones_without_pi_ref():
-    # Song et al. 2023, best first: -sum_k log( e^{s_k} / sum_{i >= k} e^{s_i} ), s the mean log pi
-    # of a token. e^{s_k} against all that are worse at once: their rewards' logsumexp.
+    # Song et al. 2023, best first, of the mean log pi of a token. Each stands against all that are
+    # worse at once: their rewards' logsumexp.
     (policy, ref, _), length = LISTS, torch.arange(3, 8).double()
 
     def pro(p):
@@ -180,10 +168,9 @@ def test_map_ranked_pro_is_the_pair_loss_of_each_response_and_all_worse_ones_wit
 
 
 def test_map_pro_is_the_pair_loss_over_a_population():
-    # Guo et al. 2025: y and y' are drawn alike, y wins with probability P. With r = r_theta and
-    # d = r(y) - r(y'), the cross-entropy of P and sigma(d) is -(P - 1/2) d + that of 1/2, which is
-    # KL(B(1/2) || B(sigma(d))) + log 2. And -E (P - 1/2) (r(y) - r(y')) = -2 E s(y) r(y), with
-    # s(y) = E P(y beats y') - 1/2, as P(y' beats y) = 1 - P. E s = 0: f(x) + c cancels here too.
+    # Guo et al. 2025: y and y' are drawn alike, y wins with probability P. With d = r(y) - r(y'),
+    # the cross-entropy of P and sigma(d) is -(P - 1/2) d + KL(B(1/2) || B(sigma(d))) + log 2, and
+    # -E (P - 1/2) d = -2 E s(y) r(y), s(y) = E P(y beats y') - 1/2. E s = 0: f(x) + c cancels.
     (policy, ref, sampler), odds, beta = normals(80)(3, 6), normals(82)(6, 6), 0.3
     mu, P = sampler.softmax(-1), torch.sigmoid(odds - odds.T)    # any sampler, no Bradley-Terry
     both = mu[:, None] * mu
@@ -201,8 +188,6 @@ def test_map_pro_is_the_pair_loss_over_a_population():
         return (-times * (mu * s * reward).sum() + (both * KL).sum() + math.log(2))[None]
     assert finds(paper, una, policy, dict(times=1), dict(half=0.0), dict(mu=mu.flip(0)))
 
-
-# ---------------------------------------------------------------- the map: labels
 
 def kto_paper(p, ref, z0, beta=0.3, label=LABEL):
     """Ethayarajh et al. 2024, lambda = 1: 1 - v, v = sigma of the gain over z_0 or of the loss."""
@@ -228,9 +213,8 @@ def test_map_kto_and_map_bco_are_the_binary_loss_with_an_offset_of_minus_beta_z0
         weighted = lambda p: torch.where(LABEL == 1, 2.0 * paper(p), 0.7 * paper(p))
         assert finds(kto, paper, policy, dict(label=1 - LABEL))
         assert finds(partial(kto, up=2.0, down=0.7), weighted, policy, dict(up=0.7, down=2.0))
-    # Jung et al. 2024, with r = beta rho: -log sigma(r - delta) for label 1, -log sigma(delta - r)
-    # for label 0; and -log sigma(m) = log(1 + e^-m). delta is a reward, no beta: half the sum of
-    # both classes' means of r, one for all prompts, held.
+    # Jung et al. 2024: delta is a reward, no beta: half the sum of both classes' means of beta rho,
+    # one for all prompts, held.
     delta = sum((beta * (policy - ref)).mean(1)) / 2
     bco = lambda p: torch.log(1 + ((1 - 2 * LABEL) * (beta * (p - ref) - delta)).exp())
     assert finds(partial(una, g="bce", offset=-delta), bco, policy,
@@ -246,7 +230,6 @@ def test_map_kto_and_printed_kto_reference_point_is_a_mean_clamped_held_constant
         loss = kto_loss(policy, ref, LABEL, kl, 0 * kl, 0.3)
         assert close(loss, kto_paper(policy, ref, z0))
         assert not close(loss, kto_paper(policy, ref, wrong))
-    # With the very same log-probabilities in both places the gradient is that with z_0 a number.
     policy, ref = policy[0] + 1, ref[0] - 1
     z0 = lambda p: (p - ref).mean()
     label = torch.arange(20) % 2
@@ -256,9 +239,8 @@ def test_map_kto_and_printed_kto_reference_point_is_a_mean_clamped_held_constant
     assert z0(policy) > 0 and same(kto, constant, policy) and not same(kto, flowing, policy)
     with pytest.raises(ValueError, match="at least one"):        # the mean of nothing is nan
         kto_loss(policy, ref, label, policy[:0], ref[:0], 0.3)
-    # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 where the policy is the reference, but Z
-    # depends on pi_ref and r alone, whatever the policy; and at the optimum
-    # beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
+    # Appendix A: "KTO estimates Z(x)". Its z_0 is 0 where the policy is the reference, but Z knows
+    # no policy; and at the optimum beta KL(pi* || pi_ref) = E_{pi*} r - beta log Z.
     ref, rewards, beta = normals(38)(6).log_softmax(-1), normals(39)(6), 0.4
     best, value = optimal_policy(ref, rewards, beta)
     KL = (best.exp() * (best - ref)).sum()
@@ -266,29 +248,23 @@ def test_map_kto_and_printed_kto_reference_point_is_a_mean_clamped_held_constant
     assert (beta * KL - value).abs() > 0.1
 
 
-# ---------------------------------------------------------------- the map: rewards and an offset
-
 def test_map_qrpo_is_the_reward_loss_on_quantiles_whose_Z_is_known():
-    # Matrenok et al. 2025: (R_q - beta log Z_q - beta rho)^2, R_q the quantile of the reward among
-    # samples of pi_ref. Quantiles are uniform on [0, 1] whatever the reward, so
-    # Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
+    # Matrenok et al. 2025, of the quantile of the reward among samples of pi_ref: uniform on [0, 1]
+    # whatever the reward, so Z_q = int_0^1 e^{q/beta} dq = beta (e^{1/beta} - 1).
     (policy, ref, rewards), beta = PAIRS, 0.3
     given, log_Z = torch.sigmoid(rewards), math.log(beta * (math.exp(1 / beta) - 1))
     paper = lambda p: (given - beta * log_Z - beta * (p - ref)) ** 2
     una = lambda p, b=beta * log_Z: una_reward_loss(implicit_reward(p, ref, beta, b), given)
     assert finds(una, paper, policy, dict(b=log_Z), dict(b=0.0))
-    # It is the beta log Z of Eq. 19: ten thousand equally likely responses with the quantiles
-    # (k - 1/2) / 10^4, by the midpoint rule, error 1e-9.
+    # It is the beta log Z of Eq. 19, by the midpoint rule.
     quantiles = (torch.arange(10_000).double() + 0.5) / 10_000
     _, value = optimal_policy(torch.full_like(quantiles, -math.log(10_000)), quantiles, beta)
     assert close(value, beta * log_Z, tol=1e-8) and not close(value, log_Z, tol=1e-8)
 
 
 def test_map_a_star_po_rpo_and_map_kimi_are_the_reward_loss_with_the_estimated_offset():
-    # Brantley et al. 2025: V = beta_1 log of the mean of e^{r/beta_1} over N responses of pi_ref,
-    # then (beta_2 rho - (r - V))^2 on fresh ones, where V is a baseline. Faye et al. 2025, stored:
-    # (r - V - tau rho)^2, V of the very responses that are learned from, and no mere baseline.
-    # Kimi team 2025: so too, with the last policy for pi_ref (in practice the mean reward for V).
+    # Brantley et al. 2025: V of earlier responses, a baseline for fresh ones. Faye et al. 2025: of
+    # the very responses that are learned from. Kimi team 2025: so too, the last policy for pi_ref.
     (policy, ref, rewards), earlier, last, tau = LISTS, normals(71)(8, 7), normals(72)(8, 5), 0.3
     V_of = lambda given, beta: beta * torch.log(torch.exp(given / beta).mean(1, keepdim=True))
     a_star_po = lambda p: (tau * (p - ref) - (rewards - V_of(earlier, 0.5))) ** 2
@@ -298,7 +274,6 @@ def test_map_a_star_po_rpo_and_map_kimi_are_the_reward_loss_with_the_estimated_o
             (rpo, rewards, tau, ref, last), (kimi, rewards, tau, last, ref)):
         V = estimated_offset(given, beta)[:, None]
         una = lambda p, V=V, ref=anchor: una_reward_loss(implicit_reward(p, ref, tau, V), rewards)
-        # No offset, one without beta, another prompt's, a sum for the mean, the mean reward.
         wrong = (0.0, V / beta, V.flip(0), V + beta * math.log(given.shape[1]), own_mean(given))
         assert finds(una, paper, policy, dict(ref=other), *[dict(V=V) for V in wrong])
     # So Kimi forgets pi_ref: a round starts with the gradient of the reward alone, without a KL.
@@ -306,8 +281,7 @@ def test_map_a_star_po_rpo_and_map_kimi_are_the_reward_loss_with_the_estimated_o
 
 
 def test_map_dro_map_path_and_map_trajectory_balance_are_the_reward_loss_with_a_learned_offset():
-    # Richemond et al. 2024: (r - V(x) - tau rho)^2 / 2, V learned beside the policy. With the
-    # residual e = r - V - tau rho, the slope is -tau e by log pi and -sum e by V(x).
+    # Richemond et al. 2024, V learned beside the policy.
     (policy, ref, rewards), V, tau = LISTS, normals(74)(8, 1), 0.3
     dro = lambda p, V=V: 0.5 * (rewards - V - tau * (p - ref)) ** 2
     una = lambda p, V=V: una_reward_loss(implicit_reward(p, ref, tau, V), rewards) / 2
@@ -328,8 +302,7 @@ def test_map_dro_map_path_and_map_trajectory_balance_are_the_reward_loss_with_a_
     for mistake in (dict(V=-V), dict(tau=tau / 4)):              # its sign; the mean for the sum
         assert not close(una_path(tokens, **mistake), path(tokens))
     # Malkin et al. 2022, with one way to each response and pi_ref e^{r/beta} for what it is to be
-    # sampled in proportion to (Bartoldson et al. 2025):
-    # (log Z_phi + log pi - log pi_ref - r/beta)^2 = ((beta rho + beta log Z_phi) - r)^2 / beta^2.
+    # sampled in proportion to (Bartoldson et al. 2025).
     theta, ref, log_Z, beta = policy, ref.log_softmax(-1), normals(91)(8, 1), 0.3
     balance = lambda t, z=log_Z: (z + t.log_softmax(-1) - ref - rewards / beta) ** 2
     una = lambda t, z=log_Z, beta_z=beta: una_reward_loss(
@@ -340,8 +313,6 @@ def test_map_dro_map_path_and_map_trajectory_balance_are_the_reward_loss_with_a_
     best, value = optimal_policy(ref, rewards, beta)
     assert close(balance(best, value[:, None] / beta), 0.0)
 
-
-# ---------------------------------------------------------------- the map: contrasts of a list
 
 # Chen et al. 2024: -sum_i [w_i log sigma(t_i) + 1/K log sigma(-t_i)], w = softmax(r/alpha), with
 # t = beta log pi/pi_ref and rewards (X, K), of K responses to each of X prompts.
@@ -362,9 +333,8 @@ def test_map_nca_is_the_weighted_score_loss_with_cross_entropy_and_the_offset_in
     # The weight is no label. 2 / 5: weights all alike, with their sum.
     assert finds(una, paper, policy, dict(label=w), dict(label=without_Z), dict(weight=2 / 5),
                  dict(g="mse"), dict(beta=1.0))
-    # It is smallest at t = r/alpha - log Z^, that is alpha beta log pi/pi_ref + alpha log Z^ = r:
-    # r_theta = r, where una-score with the estimated offset is at a beta of alpha beta. That is all
-    # they share: the ratio of their slopes elsewhere is another one for each response.
+    # It is smallest where una-score with the estimated offset is at a beta of alpha beta. That is
+    # all they share: the ratio of their slopes elsewhere is another one for each response.
     best = ref + (rewards - V) / (alpha * beta)
     score = lambda p: una_score_loss(
         implicit_reward(p, ref, alpha * beta, V), torch.sigmoid(rewards), "bce")
@@ -375,8 +345,7 @@ def test_map_nca_is_the_weighted_score_loss_with_cross_entropy_and_the_offset_in
 
 
 def test_map_info_nca_cancels_the_offset_and_of_two_responses_is_dpo_with_a_soft_label():
-    # Chen et al. 2024: -sum_i w_i log softmax(t)_i. softmax(t + b) = softmax(t). So t = r/alpha +
-    # any b(x) is best, and no Z^ is needed, as it is for NCA.
+    # Chen et al. 2024. softmax(t + b) = softmax(t), so that no Z^ is needed, as it is for NCA.
     (policy, ref, rewards), b, beta, alpha = LISTS, normals(77)(8, 1), 0.3, 0.4
     info_nca = lambda t, rewards, alpha: -((rewards / alpha).softmax(1) * torch.log(
         t.exp() / t.exp().sum(1, keepdim=True))).sum(1)
@@ -385,9 +354,8 @@ def test_map_info_nca_cancels_the_offset_and_of_two_responses_is_dpo_with_a_soft
         shifted = lambda p: paper(implicit_reward(p, ref, 1.0, offset=b))
         assert same(shifted, lambda p: paper(p - ref), policy) == cancels
         assert close(gradient(paper, rewards / alpha + b), 0.0) == cancels
-    # Of two, softmax(t)_1 = sigma(t_1 - t_2), and w_1 = sigma((r_1 - r_2)/alpha): the score loss of
-    # the margin, with cross-entropy. alpha -> 0 makes the label 1 if the first is better, else 0:
-    # with t = beta rho that is DPO.
+    # Of two, softmax(t)_1 = sigma(t_1 - t_2), and w_1 = sigma((r_1 - r_2)/alpha). alpha -> 0 makes
+    # the label 1 if the first is better, else 0: DPO.
     policy, ref, rewards = PAIRS
     pairs = lambda p, alpha=alpha: info_nca(beta * (p - ref).T, rewards.T, alpha)
     soft = torch.sigmoid((rewards[0] - rewards[1]) / alpha)
@@ -399,8 +367,6 @@ def test_map_info_nca_cancels_the_offset_and_of_two_responses_is_dpo_with_a_soft
     assert same(dpo, lambda p: pairs(p, 1e-4), policy) and not same(dpo, pairs, policy)
 
 
-# ---------------------------------------------------------------- the map: fresh samples
-
 def policy_gradient(theta, ref, rewards, beta, y, baseline):
     """REINFORCE for J on samples y, one a prompt: (r - beta rho - baseline) grad log pi."""
     residual = (rewards - beta * (theta.log_softmax(-1) - ref)).gather(1, y[:, None])[:, 0]
@@ -408,24 +374,20 @@ def policy_gradient(theta, ref, rewards, beta, y, baseline):
 
 
 def test_map_rlhf_policy_gradient_is_the_reward_loss_sample_by_sample():
-    # Eq. 7 without its mean, which test_una.py has: REINFORCE with the offset for its baseline,
-    # times -2 beta.
+    # Eq. 7 without its mean, which test_una.py has: the offset is REINFORCE's baseline.
     (theta, ref, rewards), offset, beta = LISTS, normals(27)(8), 0.3
     ref, y, rows = ref.log_softmax(-1), normals(26)(8, 5).argmax(-1), torch.arange(8)
     reinforce = lambda baseline: policy_gradient(theta, ref, rewards, beta, y, baseline)
     una = lambda t: una_reward_loss(implicit_reward(
         t.log_softmax(-1)[rows, y], ref[rows, y], beta, offset), rewards[rows, y])
-    residual = rewards - beta * (theta.log_softmax(-1) - ref) - offset[:, None]
-    assert close(una(theta), residual[rows, y] ** 2)
     assert close(gradient(una, theta), -2 * beta * reinforce(offset))
     assert not close(gradient(una, theta), -2 * reinforce(offset))       # missing beta
     assert not close(gradient(una, theta), -2 * beta * reinforce(0))     # in mean only
 
 
 def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_own_mean_residual():
-    # Kool et al. 2019, Ahmadian et al. 2024: 1/n sum_i (R_i - mean of the others' R) grad log pi,
-    # R = r - beta rho. The others know nothing of y_i: a baseline. The mean of all n has y_i in it:
-    # R_i - mean = (n - 1)/n (R_i - mean of the others). All 5^n draws, each with its probability.
+    # Kool et al. 2019, Ahmadian et al. 2024. The others know nothing of y_i: a baseline. The mean
+    # of all has y_i in it: R_i - mean = (n - 1)/n (R_i - mean of the others). All 5^n draws.
     (theta, ref, rewards), beta = LISTS[:, 0], 0.3
     ref = ref.log_softmax(-1)
     grad_J = gradient(lambda t: rlhf_objective(t.log_softmax(-1), ref, rewards, beta), theta)
@@ -443,10 +405,8 @@ def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_ow
         mean = lambda slopes: (theta.softmax(-1)[draws].prod(1, keepdim=True) * slopes).sum(0)
         assert close(mean(others), grad_J) and not close(mean(own), grad_J)
         assert close(mean(own), (n - 1) / n * grad_J)
-    # Richter et al. 2020: half the variance over n samples (over n - 1) of log q/p, here of
-    # log pi/(pi_ref e^{r/beta}) = rho - r/beta. It deviates from its mean by (r_theta - r)/beta if
-    # the offset is the mean residual b of r - beta rho. Residuals less b add up to 0, so that
-    # nothing flows through b. By the (n - 1)/n above it is RLOO, exactly.
+    # Richter et al. 2020: half the variance of rho - r/beta over n samples. Residuals less their
+    # mean b add up to 0, so that nothing flows through b. By the (n - 1)/n above it is RLOO.
     (policy, ref, rewards), n = LISTS, 5
     vargrad = lambda p: 0.5 * (p - ref - rewards / beta).var(1)
     residual = lambda p: rewards - implicit_reward(p, ref, beta)
@@ -458,8 +418,7 @@ def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_ow
     rloo = lambda mean: (R - mean(R)) / n                        # by log pi of each sample
     assert close(gradient(vargrad, policy), -rloo(others_mean) / beta)
     assert not close(gradient(vargrad, policy), -rloo(own_mean) / beta)
-    # Zhang et al. 2025, GVPO: log pi(y_i) has the weight (r_i - mean r) - (r_theta_i - mean
-    # r_theta), held, times -beta: the slope of half of Eq. 7, for any samples.
+    # Zhang et al. 2025, GVPO, for any samples: log pi(y_i) has a weight that is held.
     weight = rewards - own_mean(rewards) - beta * (policy - ref - own_mean(policy - ref))
     half = lambda p, mean=own_mean: una_reward_loss(implicit_reward(
         p, ref, beta, mean(residual(p))), rewards) / 2
@@ -471,20 +430,16 @@ def test_map_rloo_map_vargrad_and_map_gvpo_are_the_reward_loss_with_others_or_ow
     assert not close(half(tilted + normals(92)(8, 5)), 0.0)
 
 
-def test_map_grpo_is_the_policy_gradient_of_rewards_over_their_spread_but_for_its_other_KL():
+def test_map_grpo_is_eq07_of_rewards_over_their_spread_but_for_its_KL_which_is_k2_in_eq07():
     # Shao et al. 2024, the first inner step, whole responses: -A_i log pi + beta k3, with A = (r -
-    # mean r)/std r and k3 = x - log x - 1, x = pi_ref/pi. Eq. 7 has rho = -log x where k3 has its
-    # slope 1 - x: the slope of k2 = rho^2/2.
+    # mean r)/std r. Sample by sample Eq. 7 is the same with k2.
     (policy, ref, rewards), beta = LISTS, 0.3
-    r = rewards / rewards.std(1, keepdim=True)
-    k2, k3 = lambda rho: rho**2 / 2, lambda rho: torch.exp(-rho) + rho - 1
-    grpo = lambda k, r=r: gradient(lambda p: beta * k(p - ref) - (r - own_mean(r)) * p, policy)
-    una = gradient(lambda p: una_reward_loss(
-        implicit_reward(p, ref, beta, own_mean(r)), r), policy) / (2 * beta)
-    assert close(una, grpo(k2)) and not close(una, grpo(k3)) and not close(una, grpo(k2, rewards))
+    for r in (rewards / rewards.std(1, keepdim=True), rewards):
+        una = lambda p: una_reward_loss(implicit_reward(p, ref, beta, own_mean(r)), r) / (2 * beta)
+        for k in (1, 2, 3):
+            grpo = lambda p: beta * kl_estimate(p, ref, k) - (r - own_mean(r)) * p
+            assert close(gradient(una, policy), gradient(grpo, policy)) == (k == 2)
 
-
-# ---------------------------------------------------------------- the map: what holds the mass
 
 def test_map_mass_only_a_loss_that_sees_each_response_feels_that_all_of_them_lose_the_same_share():
     # All judged responses are left alike: log pi falls by the same at each, to others that nobody
@@ -516,13 +471,9 @@ def test_map_anchor_is_on_average_the_KL_of_pi_ref_and_pi_and_feels_what_pairs_d
     assert close(anchor_loss(p - 1, p_ref), anchor_loss(p, p_ref) + 1)
 
 
-# ---------------------------------------------------------------- more exact relations
-
 def test_relation_a_pair_with_its_best_offset_is_twice_dpo_at_half_beta_or_half_of_rebel():
-    # Cross-entropy: -log sigma(w + b) - log sigma(-(l + b)) is smallest where w + b = -(l + b); it
-    # is -2 log sigma((w - l)/2) there. Rewards: (e_w - b)^2 + (e_l - b)^2 is smallest at the mean
-    # of the errors e, where it is (e_w - e_l)^2 / 2. Both are convex in b, with slope 0 there: the
-    # gradient is that of the loss with the best b held fixed.
+    # -log sigma(w + b) - log sigma(-(l + b)) is smallest where w + b = -(l + b). Both losses are
+    # convex in b, with slope 0 there: the gradient is that with the best b held fixed.
     (policy, ref, rewards), beta = PAIRS, 0.3
     dpo = lambda p, beta=beta / 2, times=2: times * dpo_loss(*p, *ref, beta)
     rebel = lambda p, half=0.5: half * (
@@ -545,8 +496,7 @@ def test_relation_cross_entropy_exceeds_dpo_and_has_the_minimiser_of_mse_as_mae_
     bce = una_binary_loss(w, one, "bce") + una_binary_loss(l, 0 * one, "bce")
     assert (bce > una_pair_loss(w, l)).all()
     assert close((bce.exp() - una_pair_loss(w, l).exp()), (-w).exp() + l.exp())
-    # For a soft target s too, both are smallest at r = log s/(1 - s): nothing forces one to exclude
-    # BCE for scores, as section 2.3.3 does. At its minimum BCE is not 0 but the score's entropy.
+    # For a soft target s too, both are smallest at r = log s/(1 - s), where BCE is s's entropy.
     given = torch.sigmoid(PAIRS[2])
     at = torch.log(given / (1 - given))
     for g in ("mse", "bce"):
@@ -554,16 +504,13 @@ def test_relation_cross_entropy_exceeds_dpo_and_has_the_minimiser_of_mse_as_mae_
         assert close(gradient(loss, at), 0.0)
         assert (loss(at + 0.1) > loss(at)).all() and (loss(at - 0.1) > loss(at)).all()
     assert close(loss(at), -given * given.log() - (1 - given) * (1 - given).log())
-    # A label is 1 with probability 0.7. Squared error and cross-entropy are smallest at s = 0.7;
-    # KTO's absolute error 0.7 (1 - s) + 0.3 s falls all the way to s = 1: it is not proper, and
-    # reports not the probability but the majority.
+    # A label is 1 with probability 0.7. KTO's absolute error falls all the way to s = 1: it is not
+    # proper, and reports not the probability but the majority.
     s = torch.arange(1, 100).double() / 100
     of = lambda label, g: una_binary_loss(s.logit(), torch.full((99,), label), g)
     mean = lambda g: 0.7 * of(1, g) + 0.3 * of(0, g)
     assert [s[mean(g).argmin()].item() for g in ("mse", "bce", "mae")] == [0.70, 0.70, 0.99]
 
-
-# ---------------------------------------------------------------- an independent implementation
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text(encoding="utf-8"))
 
@@ -592,17 +539,15 @@ def test_losses_are_those_of_an_independent_implementation(golden):
     assert not close(wrong, golden["losses"])
 
 
-# ---------------------------------------------------------------- what all losses have in common
-
-# Functions of tensors that must be alike; ones and zeros will do for any of them.
 ALIKE = {f"una_score_loss {g}": partial(una_score_loss, g=g) for g in ("mse", "bce", "mae")} | {
     "una_binary_loss": una_binary_loss, "una_binary_loss bce": partial(una_binary_loss, g="bce"),
     "reward_model_loss": reward_model_loss, "una_reward_loss": una_reward_loss,
     "una_pair_loss": una_pair_loss, "dpo_loss": partial(dpo_loss, beta=0.3),
     "kto_loss": lambda a, b, c: kto_loss(a, b, c, torch.ones(3), torch.zeros(3), 0.3, 1.2, 0.8),
     "kto_loss kl": lambda a, b: kto_loss(*torch.ones(3, 5), a, b, 0.3),
-    "implicit_reward": partial(implicit_reward, beta=0.3), "anchor_loss": anchor_loss}
-LOSSES = [*ALIKE][:-3]
+    "implicit_reward": partial(implicit_reward, beta=0.3), "anchor_loss": anchor_loss,
+    "kl_estimate": partial(kl_estimate, k=2)}
+LOSSES = [*ALIKE][:-4]
 ARGUMENTS = {name: [argument for argument, is_ in inspect.signature(function).parameters.items()
                     if is_.default is is_.empty] for name, function in ALIKE.items()}
 
@@ -614,7 +559,6 @@ def of_first(name, rows=slice(None), dtype=torch.float64):
 
 
 def test_loss_of_a_batch_is_that_of_its_rows_and_finite_with_its_gradient_at_extreme_rewards():
-    # One value for each example, from it alone: a batch may be split, shuffled, mixed with others.
     reward = 2 * normals(53)(8)
     for name in LOSSES:
         rows = [of_first(name, slice(i, i + 1))(reward[i:i + 1]) for i in range(8)]
@@ -639,7 +583,6 @@ def test_labels_may_be_bool_int_or_float_and_nothing_but_zero_and_one():
                  lambda label: kto_loss(r, 0 * r, label, r, 0 * r, 0.3)):
         for dtype in (torch.bool, torch.float32):
             assert loss(label.to(dtype)).equal(loss(label))
-        # The message names the first of them.
         for bad in (-1, 0.3, math.nan):
             with pytest.raises(ValueError, match=f"0 or 1, got {bad}"):
                 loss(torch.tensor([1, bad, 7]))
@@ -654,7 +597,6 @@ def test_shapes_that_differ_are_refused_and_named_and_an_offset_may_broadcast_bu
             shapes[i] = shape
             with pytest.raises(ValueError) as error:
                 function(*map(torch.ones, shapes))
-            # DPO and KTO share nothing with the others: they tell the shapes alone.
             told = str(shapes) if name.startswith(("dpo", "kto")) else ", ".join(
                 f"{argument} {of}" for argument, of in zip(arguments, shapes))
             assert str(error.value) == f"shapes differ: {told}"

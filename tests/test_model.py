@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import abc, gpt, near, normals, random_tokens
-from lab.exact import all_logprobs, all_responses
+from helpers import gpt, near, normals, random_tokens
+from lab.exact import all_logprobs
 from model import GPT, GPTConfig, ScalarGPT, sample
 
-# The matrices that GPT-2 has transposed.
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 tanh_gelu = lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
@@ -28,9 +27,7 @@ def layer_norm(x, gain, bias, eps):
 def gpt2(weights, tokens, n_head=3, positions=(0, 1, 2, 3, 4, 5), sees=lambda t: range(t + 1),
          gelu=tanh_gelu, head_scale=True, eps=1e-5, output="wte.weight"):
     """GPT-2 once more, from weights in its own format, head by head: six tokens -> logits (6, V).
-
-    What is an argument has a wrong value that the test tries; token t attends to sees(t).
-    """
+    What is an argument has a wrong value that the test tries; token t attends to sees(t)."""
     T, D = len(tokens), weights["wte.weight"].shape[1]
     d = D // n_head
     x = weights["wte.weight"][tokens] + weights["wpe.weight"][list(positions)]
@@ -53,9 +50,7 @@ def gpt2(weights, tokens, n_head=3, positions=(0, 1, 2, 3, 4, 5), sees=lambda t:
     return x @ weights[output].T
 
 
-# ---------------------------------------------------------------- the network is GPT-2
 def test_logits_and_all_gradients_are_those_of_an_independent_gpt2_and_of_none_of_its_neighbours():
-    # Theirs computes each row alone, with one matrix for input and output, and without dropout.
     model, tokens = gpt(), random_tokens(3, 6)
     weights = gpt2_format(model)
     ours, theirs = model(tokens), torch.stack([gpt2(weights, row) for row in tokens])
@@ -81,14 +76,10 @@ def test_logits_and_all_gradients_are_those_of_an_independent_gpt2_and_of_none_o
 def test_gpt2_small_has_the_published_names_shapes_and_size():
     with torch.device("meta"):
         model = GPT(GPTConfig(50257, 1024, 12, 12, 768))
-    layers, published = {"ln_f": (768,)}, {"wte.weight": (50257, 768), "wpe.weight": (1024, 768)}
-    of_block = {"ln_1": (768,), "attn.c_attn": (768, 2304), "attn.c_proj": (768, 768),
-                "ln_2": (768,), "mlp.c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
-    layers |= {f"h.{n}.{name}": shape for n in range(12) for name, shape in of_block.items()}
-    for name, shape in layers.items():
-        published |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
-    assert {name: tuple(p.shape) for name, p in gpt2_format(model).items()} == published
-    assert model.state_dict().keys() == published.keys()
+    published = {"wte.weight": (50257, 768), "wpe.weight": (1024, 768), "ln_f.weight": (768,),
+                 "h.11.attn.c_attn.weight": (768, 2304), "h.11.mlp.c_proj.weight": (3072, 768)}
+    shapes = {name: tuple(p.shape) for name, p in gpt2_format(model).items()}
+    assert shapes.items() >= published.items() and len(shapes) == 4 + 12 * 12
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
 
 
@@ -118,7 +109,6 @@ def test_a_scalar_gpt_is_a_copy_of_its_gpt_with_another_head_that_starts_at_0():
     assert near(model(tokens), theirs + model.scalar.bias, 1e-10)     # column t from tokens 0..t
 
 
-# ---------------------------------------------------------------- causality and the cache
 def test_neither_later_tokens_nor_the_cache_change_an_output_however_the_sequence_is_cut():
     scalar, tokens = ScalarGPT(gpt()).double(), random_tokens(2, 6)
     torch.nn.init.normal_(scalar.scalar.weight)
@@ -145,48 +135,23 @@ def test_a_sequence_that_is_too_long_is_refused_with_both_numbers():
     assert len(all_logprobs(model, tokens[0, :5], 3, eot=2)) == 1 + 4 + 4 ** 2 + 4 ** 3
 
 
-# ---------------------------------------------------------------- sampling
-def test_samples_have_the_enumerated_probabilities():
-    # Two prompts, alternating in one batch. Each sample is one of the 15 responses: filled with
-    # eot behind the first, and masked up to it.
-    chi_square = lambda counts, p: ((counts - counts.sum() * p) ** 2 / (counts.sum() * p)).sum()
-    model, prompts, eot = abc(seed=5), torch.tensor([[0, 1], [2, 2]]), 1
-    responses, mask = all_responses(3, 3, eot)
-    generator = torch.Generator().manual_seed(0)
-    drawn, drawn_mask = sample(model, prompts.repeat(6000, 1), 3, eot, generator)
-    index = (drawn[:, None] == responses).all(-1).int().argmax(1)
-    assert torch.equal(responses[index], drawn) and torch.equal(mask[index], drawn_mask)
-    counts = [torch.bincount(index[i::2], minlength=15) for i in range(2)]
-    probs = [all_logprobs(model, prompt, 3, eot).exp() for prompt in prompts]
-    # 65: the chance of a chi-square above it, 14 degrees of freedom, is 1e-8.
-    assert chi_square(counts[0], probs[0]) < 65 and chi_square(counts[1], probs[1]) < 65
-    assert chi_square(counts[0], probs[1]) > 300
-    assert chi_square(counts[0], probs[0].sqrt() / probs[0].sqrt().sum()) > 300    # flatter
-
-
 def test_sampling_is_sampling_without_a_cache_and_refused_where_the_model_has_left_the_numbers():
     model, prompts, eot = gpt(), random_tokens(200, 3), 2
     generator, tokens, builds_a_graph = torch.Generator().manual_seed(7), prompts, []
+    masks = []
     for _ in range(4):
         token = torch.multinomial(model(tokens)[:, -1].softmax(-1), 1, generator=generator)
         ended = (tokens[:, 3:] == eot).any(1, keepdim=True)
         tokens = torch.cat([tokens, torch.where(ended, eot, token)], dim=1)
+        masks.append(~ended)                                     # the end is in the mask
 
     watched = lambda *of: (builds_a_graph.append(torch.is_grad_enabled()), model(*of))[1]
-    drawn, _ = sample(watched, prompts, 4, eot, torch.Generator().manual_seed(7))
-    assert torch.equal(drawn, tokens[:, 3:]) and builds_a_graph == [False] * 4
+    drawn, mask = sample(watched, prompts, 4, eot, torch.Generator().manual_seed(7))
+    assert torch.equal(drawn, tokens[:, 3:]) and torch.equal(mask, torch.cat(masks, dim=1))
+    assert builds_a_graph == [False] * 4 and 0 < mask[:, 1:].sum() < mask[:, 1:].numel()
     model.ln_f.weight.data[0] = math.inf
     with pytest.raises(FloatingPointError, match="not numbers"):
         sample(model, prompts, 3, eot)
-
-
-# ---------------------------------------------------------------- precision and device
-def test_a_bfloat16_model_works():
-    tokens, model, cache = random_tokens(2, 5), gpt(noise=0.2).bfloat16(), []
-    logits = torch.cat([model(tokens[:, :3], cache), model(tokens[:, 3:], cache)], dim=1)
-    assert logits.dtype == torch.bfloat16
-    assert near(logits.double(), gpt(noise=0.2)(tokens), 0.1)
-    assert sample(model, tokens[:, :2], 3, 2)[0].shape == (2, 3)
 
 
 def test_everything_is_computed_where_the_model_is(monkeypatch):

@@ -1,8 +1,5 @@
-"""f(x) + c of a method, one number a prompt, in prompts that a level makes differ.
-
-Zero, estimated or learned: what each starts with, who gets it, and by which path it gets there. All
-of it in a language of 651 responses to a prompt.
-"""
+"""f(x) + c of a method, one number a prompt, in prompts that a level makes differ: what each starts
+with, who gets it, and by which path it gets there."""
 import functools
 import itertools
 import math
@@ -35,30 +32,15 @@ def prepared():
 
 
 def everything():
-    """All feedback in one batch, with f = c = 0."""
     return data.take(prepared().feedback, torch.arange(46))
-
-
-def numbers(batch):
-    """Of each response: the place of its prompt, read as words, among the training prompts."""
-    return [data.TRAIN_PROMPTS.index(data.ENCODING.decode(row[:3].tolist()))
-            for row in batch.tokens]
-
-
-def rewards(batch):
-    """The judge's, with the level of each noun."""
-    levels = [data.LEVELS[data.TRAIN_PROMPTS[i].split()[1]] for i in numbers(batch)]
-    return data.reward(batch.tokens[:, :3], batch.tokens[:, 3:]) + torch.tensor(levels)
 
 
 def own_scores(name, batch):
     """What a method knows of each training prompt: its scores, or labels; of mixed feedback the
     scores of the last third."""
-    first, own = (28 if "mixed" in name else 0), [[] for _ in data.TRAIN_PROMPTS]
-    scores = batch.labels if "binary" in name else torch.sigmoid(rewards(batch))
-    for i, score in list(zip(numbers(batch), scores.tolist()))[first:]:
-        own[i].append(score)
-    return own
+    first = 28 if "mixed" in name else 0
+    scores = batch.labels if "binary" in name else batch.scores
+    return [scores[first:][batch.prompt[first:] == x].tolist() for x in range(3)]
 
 
 def logit(score):
@@ -72,7 +54,6 @@ def estimates(batch, beta, name="una-score-estimated"):
 
 
 def balances(batch, name):
-    """The logit of each prompt's mean score."""
     return [logit(sum(group) / len(group)) for group in own_scores(name, batch)]
 
 
@@ -84,7 +65,6 @@ def run(name, steps=3, offsets=None):
     return policy, offsets
 
 
-# ---------------------------------------------------------------- where an offset begins
 @pytest.mark.parametrize("name", STORED)
 def test_eq04_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
     method, batch = train.METHODS[name], everything()
@@ -136,7 +116,7 @@ def test_eq04_an_offset_is_estimated_at_the_losses_beta_or_given_and_goes_to_its
         _, stream, _, offsets = train.begin(its, settings(batch=24), 0, prepared(), given)
         assert offsets.tolist() == pytest.approx(expected, abs=1e-4)
         for batch in itertools.islice(stream, 5):
-            assert torch.equal(batch.offset, offsets[numbers(batch)])
+            assert torch.equal(batch.offset, offsets[batch.prompt])
     assert not prepared().feedback.offset.any()                  # what is shared stays as it was
 
 
@@ -148,7 +128,7 @@ def test_an_estimate_is_moved_to_in_even_steps_from_where_it_is_balanced(name):
     assert not near(start, offsets, 0.05)
     for step, batch in zip(range(8), stream):
         expected = start + min(1, step / 4) * (offsets - start)
-        assert near(batch.offset, expected[numbers(batch)], 1e-5)
+        assert near(batch.offset, expected[batch.prompt], 1e-5)
 
 
 def test_offsets_are_reported_as_they_are_at_the_end():
@@ -158,22 +138,19 @@ def test_offsets_are_reported_as_they_are_at_the_end():
     assert train.begin(train.METHODS["una-online"], settings(), 0, prepared())[3] is None
 
 
-# ---------------------------------------------------------------- the losses, written out
 def written_out(name, batch, logit):
     """The loss of each response whose implicit reward is logit."""
     s = 1 / (1 + torch.exp(-logit))
     if "binary" in name:
         return -torch.where(batch.labels == 1, s, 1 - s).log()
-    if "score" in name:
-        return (s - torch.sigmoid(rewards(batch))) ** 2
-    return (rewards(batch) - logit) ** 2
+    return (s - batch.scores) ** 2 if "score" in name else (batch.scores.logit() - logit) ** 2
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_eq07_eq12_eq13_with_an_offset_are_the_losses_written_out(name, beta=0.25):
     policy, table = moved(prepared().reference, 0.2), torch.linspace(-1, 2, 3)
     batch = next(train.stored_batches(train.METHODS[name], prepared(), 46, 0, table))
-    own, others = table[numbers(batch)], table.roll(1)[numbers(batch)]
+    own, others = table[batch.prompt], table.roll(1)[batch.prompt]
     pi, pi_ref = (una.sequence_logprob(model(batch.tokens), batch.tokens, batch.mask)
                   for model in (policy, prepared().reference))
     rho, value = pi - pi_ref, train.METHODS[name].loss(policy, batch, beta)
@@ -183,7 +160,6 @@ def test_eq07_eq12_eq13_with_an_offset_are_the_losses_written_out(name, beta=0.2
         assert not near(value, written_out(name, batch, wrong), 1e-2)
 
 
-# ---------------------------------------------------------------- an offset that is learned
 @pytest.mark.parametrize("name", ["una-binary-learned", "una-score-learned"])
 def test_a_learned_offset_has_offset_times_the_learning_rate_of_the_weights(name):
     # Adam's first step is the learning rate, against the gradient's sign.
@@ -197,10 +173,3 @@ def test_a_learned_offset_has_offset_times_the_learning_rate_of_the_weights(name
     farthest = max((a - b).abs().max().item() for a, b in zip(
         policy.parameters(), prepared().reference.parameters()))
     assert farthest == pytest.approx(rate, rel=1e-3) and train.OFFSET_TIMES > 1
-
-
-def test_an_estimated_offset_never_moves_and_a_learned_one_does():
-    for name in WITH_OFFSET:
-        method, last = train.METHODS[name], run(name, steps=4)[1]
-        start = train.start_offsets(method, everything(), 0.25 * method.beta_multiple)
-        assert (start != last).tolist() == [name not in ESTIMATED] * 3, name

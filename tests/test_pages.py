@@ -42,7 +42,6 @@ def prose(page):
     return " ".join(re.sub(r"^\|[^\n]*$|^```\w*\n.*?^```$", "", page, flags=re.M | re.S).split())
 
 
-# ---------------------------------------------------------------- made-up runs
 def run(method="dpo", seed=1, lost=0.25, kl=0.75, **more):
     reached = dict(reward=1.5, kl=kl, objective=1.3125, lost=lost, optimum=1.5)
     if method not in ("reference", "optimum"):
@@ -67,15 +66,11 @@ def results(*runs):
 def test_what_train_py_prints_has_medians_ranges_and_what_diverged():
     made = results(run(lost=0.25), run(seed=2, lost=0.75), run("kto"), diverged(2))
     lines = {line.split()[0]: line.split()[1:] for line in figures.table(made).splitlines()[1:]}
-    assert lines["dpo"] == (
-        "1.500 0.750 1.312 50.00% 10.00% 40.00% 100.00% 4.0 25.00% to 75.00%".split())
-    assert lines["kto"][3:] == "25.00% 10.00% 15.00% 50.00% 4.0 1 of 2 diverged".split()
-    assert lines["reference"][3:6] == ["100.00%", "-", "-"]
     assert list(lines) == ["reference", "dpo", "kto", "optimum"]
-    assert figures.line(diverged(2)).split(" | ")[2] == "diverged: the loss is nan"
-    assert "lost 25.0%" in figures.line(run()) and "0.5000 (at start 0.7500)" in figures.line(run())
-    assert figures.report(made).count(" b, b") == 4 and figures.lost(diverged(1)) == math.inf
-    assert "Worse than" not in figures.report(made)
+    assert lines["dpo"][3] == "50.00%" and lines["dpo"][-3:] == "25.00% to 75.00%".split()
+    assert lines["kto"][3] == "25.00%" and lines["kto"][-4:] == "1 of 2 diverged".split()
+    assert "diverged: the loss is nan" in figures.line(diverged(2))
+    assert "lost 25.0%" in figures.line(run()) and "Worse than" not in figures.report(made)
     bad = results(run(lost=1.5), run("ppo", lost=0.5), run("kto", lost=9.0))
     assert "Worse than no training, so far: dpo, kto\n" in figures.report(bad)
 
@@ -86,14 +81,12 @@ def test_a_verdict_needs_all_seeds_to_agree_in_sign():
     low, high = of(0.1, 0.1, 0.12), of(0.2, 0.22, 0.13)
     assert compare.less(low, high) == ["10 % (10 to 12) against 20 % (13 to 22)", "−10 [−12, −1]",
                                       "replicates"]
-    assert compare.less(high, low)[-1] == "does not: the reverse"
-    for other in (of(0.2, 0.22, 0.11), of(0.2, 0.22, 0.12)):     # one seed against, one even
-        assert compare.less(low, other)[-1] == "does not: no difference shown"
-    assert compare.less(of(0.1, 0.1, 0.1), [*of(0.2, 0.3), diverged(3)])[0::2] == [
-        "10 % (10 to 10) against 30 % (20 to ∞)", "replicates"]
-    assert compare.less([diverged(1)], [diverged(1)])[1:] == ["–", "–"]
+    for other, told in (([*of(0.2, 0.3), diverged(3)], "replicates"),
+                        (of(0.05, 0.05, 0.05), "does not: the reverse"),
+                        (of(0.2, 0.22, 0.11), "does not: no difference shown"),  # one seed against
+                        (of(0.2, 0.22, 0.12), "does not: no difference shown")):         # one even
+        assert compare.less(low, other)[-1] == told
     assert compare.sooner([1.0, 1.1], [2.0, 2.2])[1:] == ["× 2 [2, 2]", "replicates"]
-    assert compare.sooner([1.0, 2.0], [2.0, math.inf])[0].endswith("2 and 1 of 2 seeds arrive")
 
 
 def test_numbers_ranges_and_when_a_share_of_the_gain_is_there():
@@ -107,7 +100,6 @@ def test_numbers_ranges_and_when_a_share_of_the_gain_is_there():
     assert compare.correlation([1, 2, 3, 4], [0, 9, 5, 6]) == pytest.approx(0.4)   # 1 - 6 d² / 60
 
 
-# ---------------------------------------------------------------- the tables are the JSON files'
 def percent(shares):
     return "{} % ({} to {})".format(*(f"{value:.2g}" if value < 99.5 else f"{value:.0f}" for value
                                       in (100 * of(shares) for of in (median, min, max))))
@@ -176,10 +168,9 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "save", lambda path, write: drawn.append(Path(path).name))
     figures.draw_all(results(diverged(1)), tmp_path)
     assert drawn == [*figures.PICTURES]
-    drawn.clear()
     tables.fill(ROOT / "lab")
     assert {path.name for path in (ROOT / "lab").iterdir() if path.suffix in (
-        ".png", ".gif", ".md")} == {*drawn, "triangle.png", "slopes.png"}
+        ".png", ".gif", ".md")} <= {*drawn, "triangle.png", "slopes.png"}
 
 
 def test_the_frontier_has_one_seeds_points_and_lost_a_dot_for_each_seed():
@@ -188,19 +179,17 @@ def test_the_frontier_has_one_seeds_points_and_lost_a_dot_for_each_seed():
                    run("kto", train=parts(0.2, 1) | dict(kl=9.0)), diverged(2))
     frontier, dots = Figure(), Figure()
     figures.draw_frontier(frontier, made)
-    (axes,) = frontier.axes
-    drawn = [tuple(point) for marks in axes.collections for point in marks.get_offsets().tolist()]
+    drawn = [tuple(point) for marks in frontier.axes[0].collections
+             for point in marks.get_offsets().tolist()]
     assert drawn == [(0.5, 2.5), (0.0, 1.0), (0.75, 1.5)]        # dpo's, the reference's, the best
     assert "pairs: f + c cancels:\ndpo" in [text.get_text() for text in frontier.legends[0].texts]
-    assert "too far right: kto at 9.0" in axes.get_title()
+    assert "too far right: kto at 9.0" in frontier.axes[0].get_title()
     figures.lost_parts_dots(dots, made)
     judged, unjudged, *_ = (marks.get_offsets().tolist() for marks in dots.axes[0].collections)
-    assert [x for x, _ in judged] == pytest.approx([0.01, 10])
-    assert dots.axes[0].get_xscale() == "log"
-    assert [x for x, _ in unjudged] == [50, 50] and judged[0][1] < unjudged[0][1]
+    assert [x for x, _ in judged] == pytest.approx([0.01, 10]) and [x for x, _ in unjudged] == [
+        50, 50]
 
 
-# ---------------------------------------------------------------- names, links and commands
 def test_every_word_for_pytest_k_selects_a_test_and_every_equation_has_one():
     names = [name for path in (ROOT / "tests").glob("test_*.py")
              for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)]

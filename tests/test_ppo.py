@@ -1,23 +1,20 @@
 """PPO, which UNA would replace: its equations against slow loops and full enumeration; then its
 inner steps in train.py and the reward model, on real prompts."""
 import math
-import random
-from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import train
 import una
 from helpers import gpt, gradient, gradient_in, moved, near, normals
+from lab.exact import all_responses
 from model import ScalarGPT
-from toy import changed
+from toy import changed, small
 
-# Prompt columns first, padding last: responses of one token to all eight, with and without
-# something on either side.
+# Responses of one token to all eight, with and without a prompt and padding.
 SPANS = [(0, 8), (3, 8), (0, 3), (2, 6), (4, 5), (7, 8), (0, 1), (1, 4)]
 MASK = torch.tensor([[start <= t < end for t in range(8)] for start, end in SPANS])
 TOKENS = [(i, t) for i, (start, end) in enumerate(SPANS) for t in range(start, end)]
@@ -25,7 +22,6 @@ CLIP = 0.2
 
 
 def matrices(seed, n):
-    """n tensors (8, 8) of standard normal numbers."""
     return normals(seed)(n, 8, 8).unbind()
 
 
@@ -38,14 +34,18 @@ def slow_advantages(rewards, values, lam, gamma=1.0, behind=0.0):
 
 
 def slow_policy_loss(logprob, old, a):
-    """Of one token: A min(w, 1 + eps) for A > 0, A max(w, 1 - eps) for A < 0, with a minus."""
+    """Of one token: A min(w, 1 + eps) for A > 0, A max(w, 1 - eps) for A < 0, with a minus; and its
+    slope. Clipping stops what pays and nothing else."""
     w = math.exp(logprob - old)
-    return -a * min(w, 1 + CLIP) if a > 0 else -a * max(w, 1 - CLIP)
+    held = min(w, 1 + CLIP) if a > 0 else max(w, 1 - CLIP)
+    return -a * held, -a * w if held == w else 0
 
 
 def slow_value_loss(v, old, target):
+    """And its slope: the held value is constant where it is held."""
     held = min(max(v, old - CLIP), old + CLIP)
-    return max((v - target) ** 2, (held - target) ** 2) / 2
+    of_held = (held - target) ** 2 > (v - target) ** 2
+    return max((v - target) ** 2, (held - target) ** 2) / 2, 0 if of_held else v - target
 
 
 def naive(logprobs, old_logprobs, advantages, mask, clip):
@@ -63,22 +63,7 @@ def one_token(log_ratio, advantage, dtype=torch.float64, loss=una.ppo_policy_los
     return value.item(), torch.autograd.grad(value.sum(), logprobs)[0].item()
 
 
-# ---------------------------------------------------------------- tokens
-def test_token_logprobs_are_of_the_token_behind_each_column_and_add_up_to_the_sequence_logprob():
-    tokens = torch.randint(5, (8, 9), generator=torch.Generator().manual_seed(0))
-    logits, mask = normals(1)(8, 9, 5), F.pad(MASK, (1, 0))    # nothing predicts column 0
-    expected, shifted = torch.zeros(2, 8, 8, dtype=torch.float64)
-    for i, t in TOKENS:
-        p = logits[i, t].softmax(-1)
-        expected[i, t] = math.log(p[tokens[i, t + 1]])
-        shifted[i, t] = math.log(p[tokens[i, t]])    # the mistake: logits t scored on token t
-    logprobs = una.token_logprobs(logits, tokens, mask)
-    assert near(logprobs, expected) and not near(logprobs, shifted, 0.1)
-    assert near(logprobs.sum(1), una.sequence_logprob(logits, tokens, mask))
-
-
 def test_token_rewards_are_the_slow_loop_and_add_up_to_the_reward_minus_beta_rho():
-    # The reward lands on the last token of the response, never on padding.
     reward, (logprobs, ref) = normals(0)(8), matrices(1, 2)
     expected = torch.zeros(8, 8, dtype=torch.float64)
     for i, t in TOKENS:
@@ -88,7 +73,6 @@ def test_token_rewards_are_the_slow_loop_and_add_up_to_the_reward_minus_beta_rho
     rewards = una.ppo_token_rewards(reward, logprobs, ref, MASK, 0.3)
     rho = ((logprobs - ref) * MASK).sum(1)
     assert near(rewards, expected) and near(rewards.sum(1), reward - 0.3 * rho)
-    # That of a response without tokens is nobody's.
     mask, zero = torch.tensor([[False, True, True, False], [False] * 4]), torch.zeros(2, 4)
     rewards = una.ppo_token_rewards(torch.tensor([2.0, math.nan]), zero, zero, mask, 0.3)
     assert rewards.tolist() == [[0, 0, 2, 0], [0, 0, 0, 0]]
@@ -109,50 +93,31 @@ def test_advantages_are_the_double_sum_and_targets_the_advantages_plus_values():
         advantages, targets = una.ppo_advantages(rewards, values, MASK, lam)
         assert near(advantages, slow(lam)), lam
         assert near(targets, (advantages + values) * MASK), lam
-    # Neither lambda is confused with gamma, nor padding with a future.
     advantages, _ = una.ppo_advantages(rewards, values, MASK, 0.5)
     for wrong in (dict(lam=1.0, gamma=0.5), dict(lam=0.5, gamma=0.5),
                   dict(lam=0.5, bootstrap=True)):
         assert not near(advantages, slow(**wrong), 0.1), wrong
 
 
-# ---------------------------------------------------------------- the two losses
-def test_both_losses_are_the_slow_loops():
+def test_both_losses_and_their_slopes_are_the_slow_loops():
     old, fixed, change = matrices(0, 3)              # fixed: advantages, or targets
     new = old + 0.4 * change
+    new[0, 0] = old[0, 0]                            # both arguments of the minimum are equal here
     ratios, advantages = (new - old)[MASK].exp().tolist(), fixed[MASK].tolist()
     # Both signs of A; above the clip range, below it, within.
     assert len({(a > 0, w > 1 + CLIP, w < 1 - CLIP) for w, a in zip(ratios, advantages)}) == 6
     for fast, slow in [(una.ppo_policy_loss, slow_policy_loss),
                        (una.ppo_value_loss, slow_value_loss)]:
-        expected = torch.zeros(8).double()
+        losses, slopes = torch.zeros(8).double(), torch.zeros(8, 8).double()
         for i, t in TOKENS:
-            expected[i] += slow(new[i, t], old[i, t], fixed[i, t])
-        assert near(fast(new, old, fixed, MASK, CLIP), expected), slow
+            loss, slopes[i, t] = slow(new[i, t], old[i, t], fixed[i, t])
+            losses[i] += loss
+        loss = lambda new: fast(new, old, fixed, MASK, CLIP)
+        assert near(loss(new), losses) and near(gradient(loss, new), slopes), slow
 
 
-def test_clipping_stops_what_pays_and_nothing_else():
-    for w, a, clipped in [
-        (1.5, 2.0, True), (0.5, -2.0, True),       # it moved far where moving pays: no further
-        (0.5, 2.0, False), (1.5, -2.0, False),     # far the wrong way: all the way back
-        (1.19, 2.0, False), (0.81, 2.0, False), (1.19, -2.0, False), (0.81, -2.0, False),
-        (1.21, 2.0, True), (0.79, -2.0, True), (0.79, 2.0, False), (1.21, -2.0, False),
-        # At w = 1 both arguments of the minimum are equal: the policy gradient all the same.
-        (1.0, 2.0, False), (1.0, -2.0, False),
-    ]:
-        _, slope = one_token(math.log(w), a)
-        assert slope == pytest.approx(0 if clipped else -w * a, abs=1e-12), (w, a)
-    # A value that moved from 0 to v, with target 1. At 0.5 the held value 0.2 is the worse one, and
-    # constant. At 2.5, past the target, v is worse.
-    for v, expected in [(0.5, 0.0), (-0.5, -1.5), (0.1, -0.9), (2.5, 1.5)]:
-        _, slope = one_token(v, 1 - v, loss=una.ppo_value_loss)    # all of it less v
-        assert slope == pytest.approx(expected, abs=1e-12), v
-
-
-# ---------------------------------------------------------------- what stands off the mask
 def test_nothing_off_the_mask_is_in_the_value_or_the_gradient():
-    # With NaN or infinity in any one input, and in all. 0 * NaN is NaN: masking the result is too
-    # late.
+    # With NaN or infinity in any input. 0 * NaN is NaN: masking the result is too late.
     token_rewards = lambda *floats: una.ppo_token_rewards(normals(8)(8), *floats)
     for name, function, setting, n in [("token rewards", token_rewards, 0.3, 2),
                                        ("advantages", una.ppo_advantages, 0.9, 2),
@@ -170,10 +135,10 @@ def test_nothing_off_the_mask_is_in_the_value_or_the_gradient():
         expected = value_and_gradients(clean)
         assert all((slope[~MASK] == 0).all() and slope[MASK].any() for slope in expected[1:]), name
         for garbage in (math.nan, math.inf, -math.inf):
-            for spoilt in [{i} for i in range(n)] + [set(range(n))]:
-                floats = [x.where(MASK, garbage) if i in spoilt else x for i, x in enumerate(clean)]
+            for i in range(n):
+                floats = [*clean[:i], clean[i].where(MASK, garbage), *clean[i + 1:]]
                 for a, b in zip(value_and_gradients(floats), expected):
-                    assert torch.equal(a, b), (name, garbage, spoilt)
+                    assert torch.equal(a, b), (name, garbage, i)
     old, advantages = matrices(0, 2)
     logprobs, others = (old + 0.1).where(MASK, math.nan), (old, advantages, MASK, CLIP)
     assert near(naive(logprobs, *others), una.ppo_policy_loss(logprobs, *others))
@@ -186,11 +151,9 @@ def test_a_ratio_is_exact_and_one_that_overflows_is_held_finite_and_makes_no_nan
         assert loss == slope == pytest.approx(math.exp(log_ratio), rel=1e-5), log_ratio
     assert one_token(-math.inf, 1.0) == (0.0, 0.0)    # a token that the policy has given up
     for dtype, log_ratio in (torch.float32, 89.0), (torch.float64, 1e3):
-        # -min(w, 1.2) A is flat where A > 0.
         loss, slope = one_token(log_ratio, 1.0, dtype)
         assert loss == pytest.approx(-1.2, abs=1e-6) and slope == 0, log_ratio
         assert one_token(log_ratio, 0.0, dtype) == (0.0, 0.0), log_ratio
-        # inf * 0 would be in the loss, 0 * inf in the slope.
         assert math.isnan(one_token(log_ratio, 0.0, dtype, naive)[0]), log_ratio
         assert math.isnan(one_token(log_ratio, 1.0, dtype, naive)[1]), log_ratio
         # Where A < 0 nothing clips -w A: w is held at the largest exponent but a tenth.
@@ -199,13 +162,8 @@ def test_a_ratio_is_exact_and_one_that_overflows_is_held_finite_and_makes_no_nan
         assert math.log(loss / 100) == pytest.approx(held, rel=1e-6) and slope == 0, log_ratio
 
 
-# ---------------------------------------------------------------- masks and shapes
-def test_advantages_take_prompt_padding_and_even_no_token_and_refuse_a_hole_in_the_mask():
-    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
-    advantages, targets = una.ppo_advantages(torch.ones(3, 4), torch.zeros(3, 4), mask, 1.0)
-    assert advantages.tolist() == targets.tolist() == [[4, 3, 2, 1], [0, 2, 1, 0], [0] * 4]
-    # A hole would pass for time, lambda a column, and drop the value behind it. One such row is
-    # enough.
+def test_advantages_refuse_a_hole_in_the_mask():
+    # A hole would pass for time, lambda a column. One such row is enough.
     for row in ([1, 0, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0]):
         mask = torch.tensor([[1, 1, 1, 1], row]).bool()
         with pytest.raises(ValueError, match="a row of mask has a hole"):
@@ -217,9 +175,7 @@ def test_ppo_refuses_shapes_that_would_broadcast_and_names_them():
         (una.ppo_token_rewards, "reward", "logprobs", "ref_logprobs", "mask"),
         (una.ppo_advantages, "rewards", "values", "mask"),
         (una.ppo_policy_loss, "logprobs", "old_logprobs", "advantages", "mask"),
-        (una.ppo_value_loss, "values", "old_values", "targets", "mask"),
-    ]:
-        # (B,) is the reward of each response, all else is (B, T).
+        (una.ppo_value_loss, "values", "old_values", "targets", "mask")]:
         good = {name: torch.ones(4) if name == "reward" else torch.ones(4, 3) for name in arguments}
         good["mask"] = good["mask"].bool()
         for name in arguments:
@@ -230,15 +186,12 @@ def test_ppo_refuses_shapes_that_would_broadcast_and_names_them():
                 assert f"{name} {shape}" in str(error.value)
 
 
-# ---------------------------------------------------------------- PPO maximises Eq. 3
 def test_eq03_and_eq07_ppo_has_the_gradient_of_j_and_of_una_online_in_expectation():
     # {a, b, end}: three tokens, 15 responses, and a policy with free logits for each of 7 prefixes,
     # of up to two words. node (15, 3) is the number of what stands before a token.
     end, beta = 2, 0.3
-    responses = torch.tensor([y for y in product((0, 1, end), repeat=3)
-                              if all(after == end for y_t, after in zip(y, y[1:]) if y_t == end)])
+    responses, mask = all_responses(3, 3, end)
     first, second = responses[:, 0], responses[:, 1]
-    mask = torch.stack([first >= 0, first != end, (first != end) & (second != end)], dim=1)
     node = torch.stack([0 * first, 1 + first, 3 + 2 * first + second], dim=1).where(mask, 0)
 
     def logprobs(logits):   # (7, 3) -> (15, 3), 0 behind the end
@@ -259,13 +212,11 @@ def test_eq03_and_eq07_ppo_has_the_gradient_of_j_and_of_una_online_in_expectatio
     J = lambda logits: una.rlhf_objective(logprobs(logits).sum(1), ref.sum(1), rewards, beta)
     exact, zero = gradient(J, theta), 0 * old
     assert exact.abs().max() > 0.05
-    # Rewards of earlier tokens, which reward-to-go leaves out, are 0 in expectation, since given
-    # the past E grad log pi(y_t) = 0. The same zero, times V(x, y_<t), is all that values add.
+    # Given the past E grad log pi(y_t) = 0: times V(x, y_<t), that is all that values add.
     assert near(ppo(zero), -exact, 1e-10) and near(ppo(normals(3)(7)[node]), -exact, 1e-10)
     # A value that has seen y_t is no baseline: one column too late, and PPO is biased.
     assert not near(ppo(normals(3)(3)[responses]), -exact, 0.02)
-    # The true values, V(x, y_<t) = E sum_{s>=t} r_s, make E[delta_s | y_<s] = 0: later deltas add
-    # noise and no mean, and lambda is free.
+    # The true values make E[delta_s | y_<s] = 0: later deltas add no mean, and lambda is free.
     to_go, weight = token_rewards.flip(1).cumsum(1).flip(1), p[:, None] * mask
     of_node = lambda x: torch.zeros(7).double().index_add(0, node.view(-1), x.view(-1))
     true_values = (of_node(weight * to_go) / of_node(weight))[node]
@@ -277,12 +228,8 @@ def test_eq03_and_eq07_ppo_has_the_gradient_of_j_and_of_una_online_in_expectatio
     assert near(una_online, 2 * beta * ppo(zero), 1e-10)
 
 
-# ---------------------------------------------------------------- the inner steps in train.py
 def ppo_case():
-    """A reference, a policy and a value model, all different, and a batch of the policy's samples.
-
-    Some of these are shorter than others.
-    """
+    """A reference, a policy and a value model, all different, and a batch of the policy's."""
     reference = gpt(data.ENCODING.n_vocab, data.BLOCK_SIZE, 1, 2, 16, noise=0.3)
     policy, value = moved(reference, 0.1, 1), moved(ScalarGPT(reference).double(), 0.1, 2)
     shared = SimpleNamespace(reference=reference, reward_model=None)
@@ -321,7 +268,6 @@ def test_the_ratio_is_1_at_first_and_what_is_old_stays_old_and_carries_no_gradie
 def test_eq03_the_first_losses_and_gradient_are_those_by_hand_the_policy_gradient(monkeypatch):
     # With ratio 1 and V = V_old nothing is clipped: L = -sum_t A_t (less the mean of all tokens)
     # + 1/2 sum_t A_t^2 (as it is, for target - V is A), and grad L = -sum_t A_t grad log pi(y_t).
-    # One token at a time: the value of a token is read before it, the reward comes at the last.
     reference, policy, value, batch = ppo_case()
     monkeypatch.setattr(train, "PPO_LAMBDA", 0.9)
     losses, advantages = train.ppo(policy, batch, 0.25), []
@@ -342,30 +288,16 @@ def test_eq03_the_first_losses_and_gradient_are_those_by_hand_the_policy_gradien
     assert all(near(a, b, 1e-9) for a, b in zip(*slopes))
 
 
-# ---------------------------------------------------------------- the reward model
-def test_eq02_the_reward_model_learns_the_order_of_rewards():
-    def responses(n, seed):
-        """n responses to two prompts, rows 2i and 2i + 1 to the same; some words are wrong."""
-        rng, words = random.Random(seed), [*data.ADJECTIVES] * 2 + data.NOUNS
-        x = [prompt for prompt in rng.choices(["happy wind :", "sad sea :"], k=n // 2)
-             for _ in range(2)]
-        y = [f" {rng.choice(words)} {rng.choice(words)} {rng.choice(4 * [noun] + data.NOUNS)}"
-             for _, noun, _ in map(str.split, x)]
-        return data.encode_prompts(x), *data.encode_responses(y)
-
+def test_eq02_the_reward_model_learns_the_order_of_rewards(language):
     # Of pairs: coin flips of Eq. 1, not rewards. Asked about other responses.
-    settings = SimpleNamespace(reference_steps=40, steps=160, batch=96, n_layer=1, n_head=2,
-                               n_embd=32, device="cpu")
-    base = train.train_reference(settings, 0)
-    feedback = data.feedback_on(*responses(3200, 0), torch.Generator().manual_seed(0))
-    start = train.train_reward_model(changed(settings, steps=0), 0, base, feedback)
-    assert torch.equal(start.hidden(feedback.tokens), base.hidden(feedback.tokens))
-    model = train.train_reward_model(settings, 0, base, feedback, learning_rate=1e-3)
-    for frozen in (base, model):
-        assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-    x, y, mask = responses(800, 1)
-    judged = train.model_reward(model, *data.join(x, y, mask)).view(-1, 2)
-    true = data.reward(x, y).view(-1, 2)
+    settings, reference = changed(small().settings, judged=3200, batch=96), small().reference
+    feedback, other = (train.collect_feedback(settings, seed, reference) for seed in (0, 1))
+    start, model = (train.train_reward_model(changed(settings, steps=steps), 0, reference, feedback,
+                                             1e-2) for steps in (0, 300))
+    assert torch.equal(start.hidden(feedback.tokens), reference.hidden(feedback.tokens))
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    judged, true = (rewards.view(-1, 2) for rewards in (
+        train.model_reward(model, other.tokens, other.mask), other.scores.logit()))
     clear = (true[:, 0] - true[:, 1]).abs() > 1
     right = (judged[:, 0] > judged[:, 1]) == (true[:, 0] > true[:, 1])
     assert clear.sum() > 100 and right[clear].float().mean() > 0.85

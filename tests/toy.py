@@ -27,12 +27,6 @@ LANGUAGE = dict(TRAIN_PROMPTS=data.TRAIN_PROMPTS[::4], HELDOUT_PROMPTS=data.HELD
 language = functools.partial(mock.patch.multiple, data, **LANGUAGE)     # with language(): ...
 
 
-def in_language(function, *arguments):
-    """For other processes, which know nothing of what is patched in this one."""
-    with language():
-        return function(*arguments)
-
-
 FLAGS = ("--steps 3 --judged 48 --reference-steps 8 --n-layer 1 --n-head 1 --n-embd 8 --batch 48 "
          "--device cpu --jobs 1").split()
 
