@@ -45,8 +45,8 @@ for grid in GRIDS.values():
 # An earlier grid, by another rule, had found that scores which learn f(x) + c from 0 lose 3.6 % of
 # 1200 responses. With the balanced start all tuning seeds lose more: so both are in.
 # The betas of a reward model's optimum cost no training.
-MODEL_GRIDS = {Run("reward model", level=1.0, judged=size, steps=steps): dict(
-    learning_rate=(rate,), beta_multiple=(1, 2, 4))
+MODEL_GRIDS = {Run("reward model", level=1.0, judged=size): dict(
+    learning_rate=(rate,), beta_multiple=(1, 2, 4), steps=(steps,))
     for size, steps, rate in ((FEW, 100, 3e-3), (SOME, 400, 1e-3), (FULL, 400, 1e-3))}
 MOVES = 1
 ONLINE = ("una-online", "ppo")

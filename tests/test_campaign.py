@@ -70,7 +70,7 @@ RUNS = [short("una-online", seed=5), short("una-score", "estimated", level=0.0),
 def run_of(told, **more):
     """The Run that a row of a grid or an entry is of."""
     fields = {name: told[name] for name in Run._fields if name in told}
-    return Run(**fields | dict(cell=tuple(told["cell"].items())) | more)
+    return campaign.at(Run(**fields), tuple(told["cell"].items()), **more)
 
 
 def test_what_has_ended_is_kept_and_the_same_call_makes_what_is_missing_and_no_more(
@@ -196,7 +196,7 @@ def test_a_grid_grows_by_one_value_beyond_the_end_where_its_best_cell_lies_and_n
 
 
 FILES = {name: json.loads((campaign.ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
-         for name in ("stored", "online")}
+         for name in ("stored", "online", "budget")}
 
 
 def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
@@ -220,22 +220,30 @@ def test_the_methods_of_train_have_the_best_cells_of_their_grids():
                 assert pair == train.METHODS["una-pair"]
 
 
-@pytest.mark.parametrize("plan", [stored, online])
+@pytest.mark.parametrize("plan", [stored, online, budget])
 def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypatch):
     file, found, asked = FILES[plan.__name__.removeprefix("lab.")], {}, set()
     for row in file["tuning"]:
         for seed, share in zip(TUNING_SEEDS, row["lost"]):
-            found[run_of(row, seed=seed, look="lost")] = (
-                dict(diverged="") if share is None else dict(train=dict(lost=share)))
+            its = run_of(row, seed=seed, look="lost")
+            if its.method == "reward model":                     # one Run has all betas' optima
+                told = found.setdefault(its._replace(cell=its.cell[:1]), dict(optima=[]))
+                told["optima"].append([row["cell"]["beta_multiple"], share])
+            else:
+                found[its] = (
+                    dict(diverged="") if share is None else dict(train=dict(lost=share)))
     for told in file["runs"] + file.get("watched", []):
         found[run_of(told, look="zeros" if "zeros" in told else "end")] = told
     for told in file.get("theory", []):
         found[run_of(told, method="theory")] = told
+    for told in file.get("models", []):
+        found[run_of(told)] = told
     for told in file.get("reference", []) + file.get("optimum", []):
         blank = dict(frontier=[]) if told["method"] == "optimum" else {}    # the first is kept
         found[Run(told["method"], seed=told["seed"])] = blank | told
 
     def results(lab, title, runs):
+        runs = [its if type(its.look) is str else its._replace(look="end") for its in runs]
         asked.update(runs)
         return [found[its] for its in runs]
     for module in (campaign, plan):
