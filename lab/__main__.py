@@ -1,6 +1,6 @@
 """The campaigns, by name.
 
-    python -m lab stored|online|budget      goes on where it stopped; budget needs the others' files
+    python -m lab stored|online|budget      goes on where it stopped; budget needs stored
     python -m lab tables                    pages and pictures anew, from the JSON files
 """
 import json

@@ -49,8 +49,6 @@ MODEL_GRIDS = {Run("reward model", level=1.0, judged=size): dict(
     learning_rate=(rate,), beta_multiple=(1, 2, 4), steps=(steps,))
     for size, steps, rate in ((FEW, 100, 3e-3), (SOME, 400, 1e-3), (FULL, 400, 1e-3))}
 MOVES = 1
-ONLINE = ("una-online", "ppo")
-FEWER = REPORTED_SEEDS[:5]                                       # of reward models, for time
 
 PREDICTIONS = dict(
     few="`una-score-estimated` by the path loses less from 1200 scores than `dpo` from 38,400 "
@@ -81,10 +79,10 @@ def model_lost(lab, title, runs):
 
 
 def settle(lab):
-    """What budget.json says. Of the other files' grids it reports cells that they did not: the
+    """What budget.json says. Of stored.json's grids it reports cells that they did not: the
     best at the task's beta, the best that has f(x) + c at once, and that of scores that learn it,
     at level 1."""
-    stored, online = (campaign.tuning_of(lab, name) for name in ("stored", "online"))
+    stored = campaign.tuning_of(lab, "stored")
     lost, chosen = campaign.tune(GRIDS, MOVES, campaign.lost_of(lab))
     rows, best = campaign.rows_of(lost, chosen), campaign.best_cell
     told = [at(key, cell) for key, cell in chosen.items()]
@@ -97,12 +95,6 @@ def settle(lab):
     runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in dict.fromkeys(told)
                                            for seed in REPORTED_SEEDS])
     lost_models, cells = campaign.tune(MODEL_GRIDS, MOVES, lambda *what: model_lost(lab, *what))
-    models = []
-    for key, cell in cells.items():
-        beta = dict(beta_multiple=dict(cell)["beta_multiple"])
-        on = [Run(name, level=1.0, cell=tuple((dict(best(online, Run(name))) | beta).items()))
-              for name in ONLINE]
-        models += [at(key, cell, seed=seed, look=tuple(its._replace(seed=seed) for its in on))
-                   for seed in FEWER]
+    models = [at(key, cell, seed=seed) for key, cell in cells.items() for seed in REPORTED_SEEDS]
     return dict(predictions=PREDICTIONS, tuning=rows + campaign.rows_of(lost_models, cells),
                 runs=runs, models=results(lab, "reward models, reported seeds", models))

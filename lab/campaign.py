@@ -33,7 +33,7 @@ class Run(NamedTuple):
     steps: int = 400
     cell: tuple = ()            # (knob, value): what a grid sets, but for steps
     seed: int = 0
-    look: object = "end"        # end: all figures; lost: that alone; zeros; or Runs
+    look: str = "end"           # end: all figures; lost: that alone; zeros: of kto's z_0, too
     points: int = 1             # of a learning curve
 
 

@@ -243,21 +243,15 @@ def budget_tables(told):
     for words, name, fields in OTHER_CELLS:
         runs = reported(told["budget"], name, **fields)
         cells.append([words, cell_text(runs[0]["cell"]), *lost_and_parts(runs)])
-    models = [["pairs", "orders pairs as the judge", "its optimum: lost by the judge",
-               "= judged + unjudged", "reward gained, by the model", "by the judge",
-               *(f"`{name}`, lost by the {whom}" for name in ONLINE for whom in ("model", "judge")),
-               "`dpo` on the same pairs"]]
+    models = [["pairs", "its optimum: lost by the judge", "= judged + unjudged",
+               "reward gained, by the model", "by the judge", "`dpo` on the same pairs"]]
     for size in SIZES:
         made = pick(told["budget"]["models"], judged=size)
-        optimum, measures = [it["optimum"] for it in made], ("by_model", "train")
         models.append([
             f"{size // 2:,}, β × {made[0]['beta_multiple']:g}",
-            shares([it["ppo"]["reward_model"]["accuracy"] for it in made if "train" in it["ppo"]]),
-            *lost_and_parts(optimum),
+            *lost_and_parts([it["optimum"] for it in made]),
             *(ranged([it["optimum"][by]["reward"] - it["reference"][by]["reward"] for it in made])
-              for by in measures),
-            *(shares([it[name].get(by, {}).get("lost", math.inf) for it in made])
-              for name in ONLINE for by in measures),
+              for by in ("by_model", "train")),
             shares(lost(at_size(told, "dpo", size)))])
     return dict(sizes=rows, other_cells=cells, models=models, budget_grids=grids(told["budget"]))
 

@@ -104,25 +104,23 @@ def entry(its, settings, prepared):
 
 
 def trained(its, settings, shared):
-    """What a method reaches on the Worlds of shared: all figures, or with look "lost" that alone.
+    """What a method reaches: all figures, or with look "lost" that alone.
 
     its.points are those of a learning curve.
     """
-    method, worlds, curve = method_of(its), shared.worlds, []
+    method, curve, (world, heldout) = method_of(its), [], shared.worlds.values()
     beta, fresh = method.beta_multiple * settings.beta, method.feedback == "fresh"
     policy, batches, value, offsets = train.begin(method, settings, its.seed, shared,
                                                   given_offsets(its, shared, beta))
     if dict(its.cell).get("collapsed"):
-        collapse(policy, worlds["train"])
-    judged = torch.zeros_like(worlds["train"].rewards, dtype=torch.bool)
-    batches = exact.noting(batches, worlds["train"], judged)
+        collapse(policy, world)
+    judged = torch.zeros_like(world.rewards, dtype=torch.bool)
+    batches = exact.noting(batches, world, judged)
 
     def look(step, seconds, loss):
-        logprobs = exact.policy_logprobs(policy, worlds["train"].prompts)
-        told.update({split: exact.evaluate(world, logprobs) for split, world in worlds.items()
-                     if split != "heldout"})
-        told["train"] |= exact.lost_parts(worlds["train"], logprobs, judged)
-        told["train"]["mass"] = exact.masses(worlds["train"], logprobs)
+        logprobs = exact.policy_logprobs(policy, world.prompts)
+        told["train"] = exact.evaluate(world, logprobs) | exact.lost_parts(
+            world, logprobs, judged) | dict(mass=exact.masses(world, logprobs))
         curve.append(train.point(step, seconds, told["train"], loss=loss,
                                  mass=told["train"]["mass"]))
 
@@ -134,11 +132,10 @@ def trained(its, settings, shared):
             look(0, 0.0, None)
         told |= train.align(method._replace(loss=loss), policy, batches, beta, its.steps, value,
                             offsets, look, at)
-        if "heldout" in worlds and its.look != "lost":
-            world = worlds["heldout"]
-            logprobs = exact.policy_logprobs(policy, world.prompts)
-            told["heldout"] = exact.evaluate(world, logprobs)
-            told["heldout"]["mass"] = exact.masses(world, logprobs)
+        if its.look != "lost":
+            logprobs = exact.policy_logprobs(policy, heldout.prompts)
+            told["heldout"] = exact.evaluate(heldout, logprobs) | dict(
+                mass=exact.masses(heldout, logprobs))
     except FloatingPointError as error:
         return dict(diverged=str(error))
     if its.look == "lost":
@@ -203,8 +200,8 @@ def optima(world, rewards):
 def reward_model(its, settings, shared):
     """The optima of a reward model, trained by its cell; with look "lost" on four prompts alone.
 
-    Else its.look are Runs of online methods on it, measured by the judge ("train") and by the
-    model ("by_model"), as the reference and the model's own optimum are.
+    Else also the reference and the model's own optimum at the cell's beta, measured by the judge
+    ("train") and by the model ("by_model").
     """
     cell, world = dict(its.cell), shared.worlds["train"]
     if its.look == "lost":
@@ -221,12 +218,11 @@ def reward_model(its, settings, shared):
     best = una.optimal_policy(world.ref_logprobs, rewards, by_model.beta)[0]
     judged = torch.zeros_like(world.rewards, dtype=torch.bool)
     list(exact.noting([shared.feedback], world, judged))
-    shared.worlds = dict(train=world, by_model=by_model)
     for name, logprobs in (("reference", world.ref_logprobs), ("optimum", best)):
-        told[name] = {measure: exact.evaluate(of, logprobs)
-                      for measure, of in shared.worlds.items()}
+        told[name] = dict(train=exact.evaluate(world, logprobs),
+                          by_model=exact.evaluate(by_model, logprobs))
     told["optimum"]["train"] |= exact.lost_parts(world, best, judged)
-    return told | {online.method: trained(online, settings, shared) for online in its.look}
+    return told
 
 
 def part_of(world, rows):

@@ -55,7 +55,7 @@ def policy(scale=0.3):
     return moved(shared().reference, scale).double()
 
 
-def trained_by_hand(its, on=None, offsets=None):
+def trained_by_hand(its, offsets=None):
     settings, method = campaign.settings_of(LAB, its), variants.method_of(its)
     trained, batches, value, offsets = train.begin(method, settings, its.seed, on or shared(),
                                                    offsets)
@@ -243,7 +243,6 @@ def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypat
         found[Run(told["method"], seed=told["seed"])] = blank | told
 
     def results(lab, title, runs):
-        runs = [its if type(its.look) is str else its._replace(look="end") for its in runs]
         asked.update(runs)
         return [found[its] for its in runs]
     for module in (campaign, plan):
@@ -458,19 +457,15 @@ def test_a_part_of_a_world_is_the_world_of_those_prompts():
     assert exact.evaluate(part, logprobs) == pytest.approx(exact.evaluate(alone, logprobs))
 
 
-def test_a_run_on_a_reward_model_is_measured_by_the_model_and_by_the_judge():
-    cell = (("learning_rate", 1e-2), ("stored", 0.25), ("beta_multiple", 2))
-    online = [short("una-online", cell=cell, steps=7), short("ppo", cell=cell[:1], steps=7)]
-    its = short("reward model", cell=cell[::2], steps=7, look=tuple(online))
+def test_a_reward_models_optimum_is_measured_by_the_model_and_by_the_judge():
+    its = short("reward model", cell=(("learning_rate", 1e-2), ("beta_multiple", 2)), steps=7)
     told, on = entry(its), shared()
     on.reward_model = train.train_reward_model(campaign.settings_of(LAB, its), 0, on.reference,
                                                on.feedback, 1e-2)
     listed = torch.stack([exact.all_rewards(on.reward_model, prompt, 2, data.EOT)
                           for prompt in world().prompts]).double()
     assert told["optima"] == variants.optima(world(), listed)
-    end = exact.policy_logprobs(trained_by_hand(online[0], on), world().prompts)
-    for name, logprobs in (("reference", world().ref_logprobs), ("optimum", optimum(listed, 0.5)),
-                           ("una-online", end)):
+    for name, logprobs in (("reference", world().ref_logprobs), ("optimum", optimum(listed, 0.5))):
         for measure, rewards, beta in (("train", world().rewards, 0.25), ("by_model", listed, 0.5)):
             assert told[name][measure]["lost"] == pytest.approx(
                 share_lost(rewards, beta, logprobs), abs=1e-9)
@@ -481,8 +476,6 @@ def test_a_run_on_a_reward_model_is_measured_by_the_model_and_by_the_judge():
                            for x in world().prompts.tolist()])
     parts = exact.lost_parts(world(), optimum(listed, 0.5), judged)  # judged: the pairs' responses
     assert parts.items() <= told["optimum"]["train"].items() and 0 < judged.sum() < judged.numel()
-    assert told["una-online"]["method_beta"] == 0.5 and "heldout" not in told["una-online"]
-    assert {"by_model", "reward_model", "curve"} <= {*told["ppo"]}
     third = variants.part_of(world(), slice(0, 1))               # each third of three prompts
     assert entry(its._replace(look="lost")) == dict(optima=variants.optima(third, listed[:1]))
 
