@@ -57,7 +57,7 @@ def policy(scale=0.3):
 
 def trained_by_hand(its, offsets=None):
     settings, method = campaign.settings_of(LAB, its), variants.method_of(its)
-    trained, batches, value, offsets = train.begin(method, settings, its.seed, on or shared(),
+    trained, batches, value, offsets = train.begin(method, settings, its.seed, shared(),
                                                    offsets)
     train.align(method, trained, batches, 0.25 * method.beta_multiple, its.steps, value, offsets)
     return trained
