@@ -45,7 +45,7 @@ def read(folder):
 
 def name_of(method, offset="zero", **_):
     own = f"{method.removesuffix('-bce')}-{offset}"
-    if method in METHODS and (offset == "zero" or method.endswith(offset)):
+    if offset == "zero" or method.endswith(offset):
         return method
     return own if own in METHODS else f"{method}, {offset}"
 

@@ -187,6 +187,8 @@ def lost_parts_dots(figure, results):
     """What each method lost on judged and on all other responses: a dot for each seed."""
     axes = figure.subplots()
     methods = {name: runs for name, _, runs in by_method(results) if runs}
+    if not methods:                                              # all diverged
+        return
     for i, runs in enumerate(methods.values()):
         for part, shift, look in (("judged", -0.17, LOOKS[0]), ("unjudged", 0.17, LOOKS[1])):
             shares = [max(run["train"][part], 1e-4) for run in runs]
@@ -263,7 +265,7 @@ def draw_judgements(figure, learning):
     for i, (name, points) in enumerate(learning.items()):
         judged, lost = np.array([judged for judged, _ in points]) * 1.03 ** (i - 4), [
             100 * np.array(lost) for _, lost in points]
-        right = name.endswith(("estimated", "once", "learned", "fresh"))
+        right = name.endswith(("estimated", "once", "learned", "zero", "fresh"))
         axes.plot(judged, [np.median(values) for values in lost], "-" if right else ":",
                   **LOOKS[i], label=name)
         if len(lost) <= 3:
