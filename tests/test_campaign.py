@@ -136,19 +136,6 @@ def test_a_plan_is_written_whole_or_ends_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == files
 
 
-def test_without_a_whole_stored_json_there_is_one_line_and_status_2_at_once(
-        tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(campaign, "results", None)               # nothing is run before
-    for content in (None, "{"):
-        if content:
-            (tmp_path / "stored.json").write_text(content, encoding="utf-8")
-        with pytest.raises(SystemExit) as stop:
-            command.main(["budget", "--out", str(tmp_path), "--jobs", "1"])
-        (line,) = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and line.startswith("python -m lab: --out ")
-    assert not (tmp_path / "budget.json").exists()
-
-
 def tuned(grid, lost, moves=0):
     """What tune says of a grid of kto, and the cells that ran on each seed; lost(cell, seed) tells
     what a run lost."""
