@@ -183,9 +183,8 @@ def rows_of(lost, chosen, **more):
 
 
 def tuning_of(lab, name):
-    """The tuning of a JSON file in the Lab's folder; what diverged lost infinitely much."""
-    text = Path(lab.folder, f"{name}.json").read_text(encoding="utf-8")
-    return json.loads(text.replace("null", "Infinity"))["tuning"]
+    """The tuning of a JSON file in the Lab's folder."""
+    return run.read_json(Path(lab.folder, f"{name}.json"))["tuning"]
 
 
 def best_cell(rows, key, **fixed):

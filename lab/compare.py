@@ -3,7 +3,6 @@
 Differences are paired by seed, since a seed is one reference and one feedback. A verdict needs all
 of them to agree in sign: of eight that chance alone would bring about once in 128.
 """
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 import train
 from lab import figures
+from lab.run import read_json
 
 METHODS = tuple(train.METHODS)
 # Words for: all differences below 0, all above 0, neither.
@@ -31,8 +31,7 @@ def read(folder):
     told = {}
     for name in ("stored", "online", "budget"):
         if (path := Path(folder, f"{name}.json")).exists():
-            text = path.read_text(encoding="utf-8")
-            told[name] = json.loads(text.replace("null", "Infinity"))   # lost by what diverged
+            told[name] = read_json(path)
             for kind in ("tuning", "runs", "watched", "models", "theory"):
                 for entry in told[name].get(kind, ()):
                     entry |= entry.get("cell", {}) | dict(method=name_of(**entry))

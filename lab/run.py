@@ -83,6 +83,11 @@ def write_json(path, content):
     save(path, lambda partial: Path(partial).write_text(f"{{\n{text}\n}}\n", encoding="utf-8"))
 
 
+def read_json(path):
+    """What a JSON file of lab/ says; where it has null, for what a run that diverged lost, inf."""
+    return json.loads(Path(path).read_text(encoding="utf-8").replace("null", "Infinity"))
+
+
 # ---------------------------------------------------------------- runs side by side
 def side_by_side(calls, processes):
     """Yields (call, its result) as they end, of calls (function, *arguments): each in one of so

@@ -219,11 +219,11 @@ OTHER_CELLS = (("`dpo` at the task's β", "dpo", dict(beta_multiple=1)),
 
 
 def at_size(told, name, size, **fields):
-    """Runs at level 1: budget.json's or else stored.json's. Pairs do not see levels."""
+    """Runs at level 1: budget.json's or else stored.json's, where pairs, which do not see levels,
+    have level 0."""
+    level = 0.0 if name in ("dpo", "una-pair-anchored") else 1.0
     return (reported(told["budget"], name, 1.0, judged=size, **fields)
-            or reported(told["stored"], name, 1.0, judged=size, **fields)
-            or reported(told["stored"], name, judged=size, **fields) * ("pair" in name
-                                                                       or name == "dpo"))
+            or reported(told["stored"], name, level, judged=size, **fields))
 
 
 def lost_and_parts(runs):
@@ -263,11 +263,11 @@ def learning(told):
         for _, name, fields in BUDGET}
     for name in ONLINE:
         runs = reported(told["online"], name)
-        curves = zip(*(run["curve"] for run in runs if "diverged" not in run))
+        curves = [run["curve"] for run in runs if "diverged" not in run]
         found[f"{name}, fresh"] = [
             (points[0]["step"] * runs[0]["judged"] // runs[0]["steps"],
-             [point["regret"] / run["curve"][0]["regret"] for point, run in zip(points, runs)])
-            for points in [*curves][1:]]
+             [point["regret"] / curve[0]["regret"] for point, curve in zip(points, curves)]
+             + [math.inf] * (len(runs) - len(curves))) for points in [*zip(*curves)][1:]]
     return found
 
 

@@ -108,7 +108,8 @@ def trained(its, settings, shared):
 
     its.points are those of a learning curve.
     """
-    method, curve, (world, heldout) = method_of(its), [], shared.worlds.values()
+    method, curve = method_of(its), []
+    world, heldout = shared.worlds["train"], shared.worlds["heldout"]
     beta, fresh = method.beta_multiple * settings.beta, method.feedback == "fresh"
     policy, batches, value, offsets = train.begin(method, settings, its.seed, shared,
                                                   given_offsets(its, shared, beta))
@@ -246,8 +247,8 @@ def as_rewarded(world, rewards, beta):
 
 @torch.no_grad()
 def accuracy(shared, seed):
-    """How often the reward model orders two samples of the reference as the judge does, where he
-    prefers one: of some 2000 twos."""
+    """How often the reward model orders two samples of the reference as the judge does, among some
+    2000 such twos, where the judge prefers one of them."""
     prompts = shared.worlds["train"].prompts.to(shared.feedback.tokens.device)
     x = prompts.repeat_interleave(4096 // len(prompts) // 2 * 2, 0)        # even: in twos
     y, mask = sample(shared.reference, x, data.MAX_TOKENS, data.EOT,
