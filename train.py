@@ -138,13 +138,6 @@ def start_offsets(method, feedback, beta=None):
     return offsets.requires_grad_(method.offset == "learned")
 
 
-def mean_rho(policy, feedback):
-    """The mean of log pi/pi_ref over 2048 stored responses, nats: an estimate of -KL(pi_ref || pi).
-    It falls as the policy sharpens, and where probability leaves what was judged."""
-    tokens, mask = feedback.tokens[:CHUNK], feedback.mask[:CHUNK]
-    return (logprob_in_chunks(policy, tokens, mask) - feedback.ref_logprob[:CHUNK]).mean().item()
-
-
 def train_reward_model(settings, seed, reference, feedback, learning_rate=3e-4):
     """r_phi: Eq. 2 on the pairs, from the reference's weights with a scalar head. Frozen."""
     reward_model = ScalarGPT(reference).to(feedback.tokens.device)
@@ -405,12 +398,6 @@ def align(method, policy, batches, beta, steps, value=None, offsets=None, look=N
                 state_bytes=sum(t.nbytes for t in [*trained, *(p.grad for p in trained), *state]))
 
 
-def frozen_bytes(shared):
-    """Of the models that fresh samples need beside the policy."""
-    return sum(parameter.nbytes for model in (shared.reference, shared.reward_model) if model
-               for parameter in model.parameters())
-
-
 # ---------------------------------------------------------------- a seed, and a method on it
 def prepare(settings, seed):
     """What all methods of a seed share, and the entries of pi_ref and of pi* in results.json.
@@ -432,60 +419,77 @@ def prepare(settings, seed):
                             worlds=worlds), start, dict(method="optimum", seed=seed, **best))
 
 
-def begin(method, settings, seed, shared, offsets=None):
-    """What align needs of a method: a policy that is pi_ref yet, the batches for it, PPO's value
-    model and f(x) + c of the training prompts (X,), each None where there is none."""
-    policy = copy.deepcopy(shared.reference).requires_grad_(True)
+def begin(method, settings, seed, shared):
+    """What `measured` needs of a method: a policy that is pi_ref yet, the batches for it, PPO's
+    value model and f(x) + c of the training prompts (X,), each None where there is none."""
+    policy, offsets = copy.deepcopy(shared.reference).requires_grad_(True), None
     value = ScalarGPT(policy).to(settings.device) if method.value_model else None
     if method.feedback == "fresh":
         batches = fresh_batches(policy, value, shared, settings.batch, seed, settings.level,
                                 method.stored)
-        return policy, batches, value, None
-    if offsets is None:
+    else:
         offsets = start_offsets(method, shared.feedback, method.beta_multiple * settings.beta)
-    batches = stored_batches(method, shared, settings.batch, seed, offsets,
-                             round(method.ramp * settings.steps))
+        batches = stored_batches(method, shared, settings.batch, seed, offsets,
+                                 round(method.ramp * settings.steps))
     return policy, batches, value, offsets
 
 
-def run_method(settings, seed, name, shared):
-    """One run of a method on what it shares with the others: its entry in results.json.
+def measured(method, settings, shared, at, policy, batches, value, offsets):
+    """Trains what `begin` gave and says what that reached: figures of an entry in results.json.
 
-    A run that leaves the numbers says why in "diverged" and has no figures.
+    at: the steps after which the curve has a point. A run that leaves the numbers says why in
+    "diverged" and has no figures.
     """
-    method, world, heldout = METHODS[name], shared.worlds["train"], shared.worlds["heldout"]
-    fresh, beta = method.feedback == "fresh", method.beta_multiple * settings.beta
-    policy, batches, value, offsets = begin(method, settings, seed, shared)
-    entry = dict(method=name, seed=seed, beta=settings.beta, method_beta=beta,
-                 learning_rate=method.learning_rate)
+    world, heldout = shared.worlds["train"], shared.worlds["heldout"]
+    beta = method.beta_multiple * settings.beta
     judged = torch.zeros_like(world.rewards, dtype=torch.bool)   # (X, Y): what it learned from
     told, curve = {}, [point(0, 0.0, exact.evaluate(world, world.ref_logprobs))]
 
-    def look(step, seconds, loss):
+    def reached(world):
         logprobs = exact.policy_logprobs(policy, world.prompts)
-        told["train"] = exact.evaluate(world, logprobs) | exact.lost_parts(world, logprobs, judged)
+        return exact.evaluate(world, logprobs) | dict(mass=exact.masses(world, logprobs)), logprobs
+
+    def look(step, seconds, loss):
+        its, logprobs = reached(world)
+        told["train"] = its | exact.lost_parts(world, logprobs, judged)
         told["dots"] = exact.reward_dots(world, logprobs)
         curve.append(point(step, seconds, told["train"], loss=loss))
-    at = {settings.steps}
-    if fresh:                                                    # whose curve is drawn
-        at |= {settings.steps >> i for i in range(1, 6) if settings.steps >> i >= 10}
+
     try:
         told |= align(method, policy, exact.noting(batches, world, judged), beta, settings.steps,
                       value, offsets, look, at)
-        told["heldout"] = exact.evaluate(heldout, exact.policy_logprobs(policy, heldout.prompts))
+        told["heldout"], _ = reached(heldout)
     except FloatingPointError as error:
-        return entry | dict(diverged=str(error))
-    if fresh:
-        told["state_bytes"] += frozen_bytes(shared)
-    else:                                                        # apart: under DPO both may fall
-        pairs = data.take(shared.feedback, shared.feedback.pairs[:1024].T.flatten())
-        with torch.no_grad():
+        return dict(diverged=str(error))
+    if method.feedback == "fresh":
+        frozen = [model for model in (shared.reference, shared.reward_model) if model]
+        told["state_bytes"] += sum(p.nbytes for model in frozen for p in model.parameters())
+    else:
+        feedback, few = shared.feedback, slice(CHUNK)
+        pairs = data.take(feedback, feedback.pairs[:CHUNK // 2].T.flatten())
+        with torch.no_grad():                                    # apart: under DPO both may fall
             chosen, rejected = implicit_reward(policy, pairs, beta).chunk(2)
+            # Over pi_ref's responses this estimates -KL(pi_ref || pi). It falls as pi sharpens, and
+            # where probability leaves what was judged.
+            rho = logprob(policy, feedback.tokens[few], feedback.mask[few])
+            rho -= feedback.ref_logprob[few]
         told |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item(),
-                     mean_rho=mean_rho(policy, shared.feedback),
-                     offsets=offsets.tolist())                   # f(x) + c of each training prompt
-    save_weights(settings, f"{name}-{seed}", policy)
-    return entry | told | dict(curve=curve, samples=example_responses(policy, seed))
+                     mean_rho=rho.mean().item(), offsets=offsets.tolist())
+    return told | dict(curve=curve)
+
+
+def run_method(settings, seed, name, shared):
+    """One run of a method on what it shares with the others: its entry in results.json."""
+    method, at = METHODS[name], {settings.steps}
+    if method.feedback == "fresh":                               # whose curve is drawn
+        at |= {settings.steps >> i for i in range(1, 6) if settings.steps >> i >= 10}
+    policy, *more = begin(method, settings, seed, shared)
+    told = measured(method, settings, shared, at, policy, *more)
+    if "diverged" not in told:
+        told["samples"] = example_responses(policy, seed)
+        save_weights(settings, f"{name}-{seed}", policy)
+    return dict(method=name, seed=seed, beta=settings.beta, learning_rate=method.learning_rate,
+                method_beta=method.beta_multiple * settings.beta) | told
 
 
 def point(step, seconds, reached, **more):

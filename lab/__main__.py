@@ -1,7 +1,7 @@
 """The campaigns, by name.
 
     python -m lab stored|online|budget      goes on where it stopped; budget needs stored
-    python -m lab tables                    pages and pictures anew, from the JSON files
+    python -m lab tables                    page and pictures anew, from the three JSON files
 """
 import json
 import os
@@ -24,10 +24,11 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)                                     # as in the processes of the runs
     try:
-        if given.what != "tables":
+        if given.what == "tables":
+            tables.fill(given.out)
+        else:
             told = PLANS[given.what](Lab(given.out, given.jobs))
             run.write_json(os.path.join(given.out, f"{given.what}.json"), told)
-        tables.fill(given.out)
     except KeyboardInterrupt:
         run.say(f"interrupted. What has ended is in {given.out}/parts: the same command goes on")
         return 130

@@ -5,7 +5,9 @@
 Stored feedback on 1200, 9600 and 76,800 judged responses at level 1, where f(x) matters, by the
 rules of lab/stored.py; and reward models of the pairs among these, with their exact optima.
 """
-from lab import campaign
+from pathlib import Path
+
+from lab import campaign, run
 from lab.campaign import REPORTED_SEEDS, Run, at, results
 
 FEW, SOME, FULL = 1200, 9600, 76_800                             # judged responses
@@ -47,43 +49,27 @@ GRIDS = {key._replace(judged=size): grid for size, grids in {
 MODEL_GRIDS = {Run("reward model", level=1.0, judged=size): dict(
     learning_rate=(rate,), beta_multiple=(1, 2, 4), steps=(steps,))
     for size, steps, rate in ((FEW, 100, 3e-3), (SOME, 400, 1e-3), (FULL, 400, 1e-3))}
-MOVES = 1
 FEWER = REPORTED_SEEDS[:5]                                       # of reward models, for time
 
-PREDICTIONS = dict(
-    few="`una-score-estimated` by the path loses less from 1200 scores than `dpo` from 38,400 "
-        "pairs",
-    path="from 1200 and from 9600 scores the path loses less than having the estimate at once, on "
-         "at least six seeds each",
-    anchor="`una-pair-anchored` loses at most half of what `dpo` loses, from 600 and 4800 pairs",
-    leak="with an f(x) + c or an anchor at least three quarters of what is lost is unjudged, at "
-         "1200 and 9600 responses",
-    bias="`una-score` with f = c = 0 loses at least 0.8 times as much from 76,800 scores as from "
-         "9600, and three quarters of it judged: what it lacks is not data",
-    level="tuned at level 1 scores and labels with f = c = 0 lose more than at level 0, on every "
-          "seed",
-    labels="labels with the exact β log Z(x) at once lose more in their own best cell than by the "
-           "path, and `dpo` loses more than 100 % at the task's β, medians",
-    model="of what the optimum of a reward model loses by the judge at least half is unjudged, at "
-          "every size",
-    exploitation="from 600 pairs the optimum of the reward model gains more by the model than by "
-                 "the judge, on all seeds",
-)
+def without_beta(its):
+    """Reward models that differ in their optima's beta alone are one Run."""
+    return its._replace(cell=its.cell[:1])
 
 
 def model_lost(lab, title, runs):
-    """What tune asks: reward models that differ in beta alone are one Run."""
-    bare = [its._replace(cell=its.cell[:1]) for its in runs]
-    optima = [dict(entry["optima"]) for entry in results(lab, f"reward models, {title}", bare)]
-    return [lost[dict(its.cell)["beta_multiple"]] for lost, its in zip(optima, runs)]
+    """What tune asks."""
+    models = results(lab, f"reward models, {title}", [*map(without_beta, runs)])
+    return [optimum["train"]["lost"] for its, model in zip(runs, models)
+            for optimum in model["optima"]
+            if optimum["beta_multiple"] == dict(its.cell)["beta_multiple"]]
 
 
 def settle(lab):
     """What budget.json says. It also reports cells of stored.json's grids that are not reported
     there: the best at the task's beta, the best that have f(x) + c at once and, at level 1, that of
     scores that learn it."""
-    stored = campaign.tuning_of(lab, "stored")
-    lost, chosen = campaign.tune(GRIDS, MOVES, campaign.lost_of(lab))
+    stored = run.read_json(Path(lab.folder, "stored.json"))["tuning"]
+    lost, chosen = campaign.tune(lab, GRIDS)
     rows, best = campaign.rows_of(lost, chosen), campaign.best_cell
     told = [at(key, cell) for key, cell in chosen.items()]
     told += [at(key, best(rows, key, ramp=ramp))
@@ -96,7 +82,8 @@ def settle(lab):
         (ESTIMATED._replace(level=0.0), dict(ramp=0)))]
     runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in dict.fromkeys(told)
                                            for seed in REPORTED_SEEDS])
-    lost_models, cells = campaign.tune(MODEL_GRIDS, MOVES, lambda *what: model_lost(lab, *what))
-    models = [at(key, cell, seed=seed) for key, cell in cells.items() for seed in FEWER]
-    return dict(predictions=PREDICTIONS, tuning=rows + campaign.rows_of(lost_models, cells),
+    lost_models, cells = campaign.tune(lab, MODEL_GRIDS, model_lost)
+    models = [without_beta(at(key, cell, seed=seed))
+              for key, cell in cells.items() for seed in FEWER]
+    return dict(versions=run.versions(), tuning=rows + campaign.rows_of(lost_models, cells),
                 runs=runs, models=results(lab, "reward models, reported seeds", models))

@@ -33,8 +33,7 @@ class Run(NamedTuple):
     steps: int = 400
     cell: tuple = ()            # (knob, value): what a grid sets, but for steps
     seed: int = 0
-    look: str = "end"           # end: all figures; lost: that alone; zeros: of kto's z_0, too
-    points: int = 1             # of a learning curve
+    points: int = 1             # of a learning curve; 1: there is none
 
 
 class Lab(NamedTuple):
@@ -56,7 +55,7 @@ def results(lab, title, runs):
     """The entries of Runs, in order: each a dictionary of the Run's fields and what was measured.
     """
     paths = {its: path_of(lab, its, ".json") for its in runs}
-    missing = sorted((its for its in paths if not is_whole(paths[its])), key=ground)
+    missing = sorted((its for its in paths if not os.path.exists(paths[its])), key=ground)
     run.say(f"{title}: {len(paths)} runs, {len(paths) - len(missing)} of them are there already")
     os.makedirs(os.path.join(lab.folder, "parts"), exist_ok=True)
     grounds = [its for its in dict.fromkeys(map(ground, missing))
@@ -68,17 +67,6 @@ def results(lab, title, runs):
         run.write_json(paths[its], entry)
         run.say(f"{title}, {n} of {len(missing)}: {its.method}, seed {its.seed}")
     return [json.loads(Path(paths[its]).read_text(encoding="utf-8")) for its in runs]
-
-
-def is_whole(path):
-    """Is there a part? One that is empty or half, as after a crash of the machine, is made anew."""
-    try:
-        return bool(json.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        run.say(f"{path} is half or empty: it is made anew")
-        return False
 
 
 def ground(its):
@@ -111,9 +99,8 @@ def prepare(lab, its):
 
 def make(lab, its):
     made = load(path_of(lab, ground(its), ".pt"))
-    told = variants.entry(its, settings_of(lab, its), made)
-    return {name: value for name, value in its._asdict().items() if name != "look"} | dict(
-        cell=dict(its.cell)) | told
+    return its._asdict() | dict(cell=dict(its.cell)) | variants.entry(
+        its, settings_of(lab, its), made)
 
 
 @functools.lru_cache(maxsize=1)
@@ -123,9 +110,9 @@ def load(path):
 
 # ---------------------------------------------------------------- grids
 # All cells of a grid, {knob: values}, run on the first two tuning seeds. Where the cell of the
-# least mean lost has the grid's least or largest learning rate, beta or anchor, the grid grows by
-# one value beyond it, so often as `moves` allows. The better four run on all eight tuning seeds,
-# and the least mean wins, so that one breakdown in eight counts.
+# least mean lost has the grid's least or largest learning rate, beta or anchor, the grid grows once
+# by a value beyond it. The better four run on all eight tuning seeds, and the least mean wins, so
+# that one breakdown in eight counts.
 TUNING_SEEDS, REPORTED_SEEDS, FIRST, KEPT = range(100, 108), range(21, 29), 2, 4
 
 
@@ -134,7 +121,7 @@ def cells_of(grid):
 
 
 def grown(grid, best):
-    """The grid with a value more wherever the best cell is at an end of rates or betas."""
+    """The grid with a value more wherever the best cell is at an end of rates, betas or anchors."""
     grid = dict(grid)
     for knob in ("learning_rate", "beta_multiple", "anchor"):
         values = sorted(grid.get(knob, ()))
@@ -147,44 +134,41 @@ def grown(grid, best):
     return grid
 
 
-def tune(grids, moves, lost_of):
+def lost_of(lab, title, runs):
+    return [figures.lost(entry) for entry in results(lab, title, runs)]
+
+
+def tune(lab, grids, lost_of=lost_of):
     """{key: {cell: what it lost on each tuning seed that it ran on}}, and {key: its best cell}.
 
-    grids: {a Run without a cell: grid}. lost_of(title, Runs) tells what each lost.
+    grids: {a Run without a cell: grid}. lost_of tells what each of some Runs lost.
     """
-    lost, grids = {key: {} for key in grids}, dict(grids)
+    lost = {key: {} for key in grids}
 
-    def best(key, count=1):
-        return sorted(lost[key], key=lambda cell: (-len(lost[key][cell]), mean(lost[key][cell])))[
-            :count]
+    def ranked(key):
+        """Its cells, the least mean first; those that ran on all seeds before the others."""
+        return sorted(lost[key], key=lambda cell: (-len(lost[key][cell]), mean(lost[key][cell])))
 
     def run_all(title, seeds, cells):
-        todo = [(key, cell, seed) for key in grids for cell in cells(key) for seed in seeds]
-        runs = [at(key, cell, seed=seed, look="lost") for key, cell, seed in todo]
-        for (key, cell, _), share in zip(todo, lost_of(title, runs)):
+        todo = [(key, cell, seed) for key in cells for cell in cells[key] for seed in seeds
+                if cell not in lost[key] or seed not in TUNING_SEEDS[:FIRST]]
+        runs = [at(key, cell, seed=seed) for key, cell, seed in todo]
+        for (key, cell, _), share in zip(todo, lost_of(lab, title, runs)):
             lost[key].setdefault(cell, []).append(share)
 
-    for move in range(1 + moves):
-        new = {key: [cell for cell in cells_of(grid) if cell not in lost[key]]
-               for key, grid in grids.items()}
-        run_all(f"grids, move {move}", TUNING_SEEDS[:FIRST], new.get)
-        grids = {key: grown(grid, *best(key)) for key, grid in grids.items()}
-    kept = {key: best(key, KEPT) for key in grids}
-    run_all(f"the better {KEPT}", TUNING_SEEDS[FIRST:], kept.get)
-    return lost, {key: best(key)[0] for key in grids}
+    run_all("grids", TUNING_SEEDS[:FIRST], {key: cells_of(grid) for key, grid in grids.items()})
+    run_all("grown grids", TUNING_SEEDS[:FIRST], {
+        key: cells_of(grown(grid, ranked(key)[0])) for key, grid in grids.items()})
+    run_all(f"the better {KEPT}", TUNING_SEEDS[FIRST:], {key: ranked(key)[:KEPT] for key in grids})
+    return lost, {key: ranked(key)[0] for key in grids}
 
 
-def rows_of(lost, chosen, **more):
+def rows_of(lost, chosen):
     """How a JSON file tells of grids: a row for each cell. A run that diverged lost null."""
-    return [more | dict(method=key.method, offset=key.offset, level=key.level, reward=key.reward,
-                        judged=key.judged, cell=dict(cell), best=cell == chosen[key],
-                        lost=[share if share < math.inf else None for share in shares])
+    return [dict(method=key.method, offset=key.offset, level=key.level, reward=key.reward,
+                 judged=key.judged, cell=dict(cell), best=cell == chosen[key],
+                 lost=[share if share < math.inf else None for share in shares])
             for key in lost for cell, shares in lost[key].items()]
-
-
-def tuning_of(lab, name):
-    """The tuning of a JSON file in the Lab's folder."""
-    return run.read_json(Path(lab.folder, f"{name}.json"))["tuning"]
 
 
 def best_cell(rows, key, **fixed):
@@ -194,8 +178,3 @@ def best_cell(rows, key, **fixed):
     rows = [row for row in rows if wanted.items() <= (row | row["cell"]).items()]
     best = max(rows, key=lambda row: (len(row["lost"]), -mean(row["lost"])))
     return tuple(best["cell"].items())
-
-
-def lost_of(lab):
-    """For tune: what Runs lost."""
-    return lambda title, runs: [figures.lost(entry) for entry in results(lab, title, runs)]

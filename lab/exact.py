@@ -110,8 +110,7 @@ class World:
     prompts (X, 3) tokens; beta the task's; rewards (X, Y) the judge's; ref_logprobs (X, Y) nats;
     optimum (X,) the largest possible J of each prompt: beta log Z(x), Eq. 19; gain (X,) how far it
     lies above the reference's J; kinds (X, Y), of KINDS. As r takes only some hundred values:
-    values (R,), and value_logprobs (X, R), log of pi_ref's probability of each (None where r takes
-    too many).
+    values (R,), and value_logprobs (X, R), log of pi_ref's probability of each.
     """
 
     def __init__(self, reference, prompts, beta, level=0.0):
@@ -177,11 +176,9 @@ def evaluate(world, logprobs):
     kl = kl_divergence(logprobs, world.ref_logprobs).mean().item()
     objective, optimum = reward - world.beta * kl, world.optimum.mean().item()
     regret = optimum - objective
-    figures = dict(reward=reward, kl=kl, objective=objective, optimum=optimum, regret=regret,
-                   lost=regret / world.gain.mean().item())
-    if world.values is not None:
-        figures["frontier_reward"] = frontier_reward(world, kl)
-    return figures
+    return dict(reward=reward, kl=kl, objective=objective, optimum=optimum, regret=regret,
+                lost=regret / world.gain.mean().item(),
+                frontier_reward=frontier_reward(world, kl))
 
 
 def reference_and_optimum(worlds):

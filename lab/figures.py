@@ -209,7 +209,7 @@ def draw_regret(figure, results):
     axes = figure.subplots()
     for name, look, runs in by_method(results):
         curves = [[(point["seconds"], max(point["regret"], 1e-6)) for point in run["curve"]]
-                  for run in runs if len(run["curve"]) > 2]
+                  for run in runs if len(run.get("curve", ())) > 2]
         for curve in curves:
             axes.plot(*zip(*curve), color=look["color"], linewidth=0.7, alpha=0.6)
         if curves:
@@ -236,31 +236,9 @@ def draw_rewards(figure, dots, size):
                     "responses is not drawn")
 
 
-# ---------------------------------------------------------------- the pictures of lab/README.md
-def draw_claims(results, watched, folder):
-    """Of results as train.py writes them, and of runs with a curve of masses."""
-    draw_all(results, folder)
-    picture(folder, "masses.png", draw_masses, watched, figsize=(8.5, 3))
-
-
-def draw_masses(figure, watched):
-    """A panel for each run: its probability of each kind of string, step by step."""
-    grid = figure.subplots(1, len(watched), sharex=True, sharey=True)
-    for axes, run in zip(grid, watched):
-        steps = [max(1, point["step"]) for point in run["curve"]]
-        for look, kind in zip(LOOKS, ("no word", "wrong word", "no end", "wrong noun")):
-            axes.plot(steps, [point["mass"][kind] for point in run["curve"]], **look, label=kind,
-                      markersize=4)
-        label(axes, f"{run['method']}\nlost {lost(run):.1%}", 9, xscale="log", yscale="log",
-              ylim=(1e-6, 1.5))
-    grid[0].set_ylabel("probability, mean over the prompts", fontsize=9)
-    figure.supxlabel("step (1: the reference)", fontsize=9)
-    figure.legend(*grid[0].get_legend_handles_labels(), fontsize=8, loc="outside right")
-
-
 def draw_judgements(figure, learning):
-    """What was lost against judged responses: medians, and the range of seeds where few sizes are.
-    learning: {name: [(responses, what each seed lost)]}."""
+    """For lab/README.md: what was lost against judged responses, medians, and the range of seeds
+    where few sizes are. learning: {name: [(responses, what each seed lost)]}."""
     axes = figure.subplots()
     for i, (name, points) in enumerate(learning.items()):
         judged, lost = np.array([judged for judged, _ in points]) * 1.03 ** (i - 4), [

@@ -17,26 +17,9 @@ GRIDS = {
     PPO: dict(learning_rate=(3e-3, 6e-3, 1.2e-2), beta_multiple=(1,)),
     GRPO: dict(learning_rate=(3e-3, 6e-3, 1.2e-2), beta_multiple=(1, 2)),
 }
-MOVES = 1
 VARIANTS = ("undivided", "undivided, k2")                        # of GRPO
 CURVES = {UNA: 11, PPO: 11}                                      # points of a learning curve
 FEWER = REPORTED_SEEDS[:5]                                       # of variants, for time
-
-# Fixed before any reported seed ran, with single runs on tuning seeds seen. Lost is a median over
-# the seeds where nothing else is said.
-PREDICTIONS = dict(
-    alike="`una-online`, `rloo` and `ppo` end alike: the eight differences of each two have both "
-          "signs",
-    steady="no seed of `una-online-stored` loses more than 2 %",
-    grpo="`grpo` and its two variants lose what theory says, within a third of it or 1 %",
-    score="`una-online-score`, Eq. 9 with f = c = 0, loses more than `ppo` on every seed",
-    share="a share of 2, 4 or 8 stored responses of 16 loses at most 1 %",
-    collapsed="from a collapsed policy `una-online` loses more than 50 %, and with stored "
-              "responses at most 2 %",
-    weights="from there `rloo` with weighted stored responses loses more than `una-online-stored` "
-            "on every seed",
-    sooner="`una-online` needs at most three quarters of `ppo`'s seconds for as many samples",
-)
 
 
 def knobs(key, chosen, **more):
@@ -62,7 +45,7 @@ def reported(chosen):
 
 def settle(lab):
     """What online.json says."""
-    lost, chosen = campaign.tune(GRIDS, MOVES, campaign.lost_of(lab))
+    lost, chosen = campaign.tune(lab, GRIDS)
     runs, more = reported(chosen)
     told = [its._replace(seed=seed) for its in runs for seed in REPORTED_SEEDS]
     told += [its._replace(seed=seed) for its in more for seed in FEWER]
@@ -72,6 +55,5 @@ def settle(lab):
                                      for seed in FEWER])
     for entry in theory:
         entry["method"] = "grpo"
-    return dict(versions=run.versions(), flags=lab.flags, predictions=PREDICTIONS,
-                tuning=campaign.rows_of(lost, chosen), runs=results(lab, "reported seeds", told),
-                theory=theory)
+    return dict(versions=run.versions(), tuning=campaign.rows_of(lost, chosen),
+                runs=results(lab, "reported seeds", told), theory=theory)

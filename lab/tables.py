@@ -1,96 +1,205 @@
 """The tables of lab/README.md and its pictures, from the JSON files beside it.
 
     python -m lab tables
+
+Differences are paired by seed, since a seed is one reference and one feedback. A verdict needs all
+of them to agree in sign: of eight that chance alone would bring about once in 128.
 """
 import math
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 import train
 from lab import figures
-from lab.compare import (
-    METHODS,
-    VERDICTS,
-    bad,
-    cell_text,
-    code,
-    correlation,
-    less,
-    lost,
-    number,
-    percent,
-    pick,
-    ranged,
-    read,
-    reported,
-    seconds,
-    shares,
-    sooner,
-)
-from lab.run import save
+from lab.run import read_json, save
 
-# The paper's averages on two leaderboards.
-PAPER = {"una-binary-mse": "28.88 / 63.12", "una-binary-bce": "28.93 / 63.06",
-         "una-score": "30.92 / 64.35", "kto": "28.56 / 62.74", "dpo": "28.53 / 62.26",
-         "una-online": "25.91 / 56.13", "ppo": "25.36 / 55.68", "hours": "3.5 h against 8 h: 2.3 ×"}
-ONLINE = ("una-online", "ppo")
+METHODS = tuple(train.METHODS)
 FRESH = tuple(name for name in METHODS if train.METHODS[name].feedback == "fresh")
 STORED = tuple(name for name in METHODS if name not in FRESH)
+ONLINE = ("una-online", "ppo")
 BROKEN = ("no word", "wrong word", "no end")                     # kinds of strings
+SIZES = (1200, 9600, 76_800)                                     # judged responses
+
+
+# ---------------------------------------------------------------- which runs
+def read(folder):
+    """{name of a JSON file: what it says}; and "main", as if train.py had written it: the methods
+    on the judge's reward, at level 0.
+
+    A run is called by its method and, unless METHODS has a name for both, by what it has for
+    f(x) + c: "una-score, from zero". The knobs of its cell are fields of it too.
+    """
+    told = {name: read_json(Path(folder, f"{name}.json"))
+            for name in ("stored", "online", "budget")}
+    for file in told.values():
+        for entry in (entry for kind in ("tuning", "runs", "models", "theory")
+                      for entry in file.get(kind, ())):
+            entry |= entry["cell"] | dict(method=name_of(**entry))
+    told["main"] = told["stored"] | dict(runs=[run for name in METHODS for run in reported(
+        told["online" if name in FRESH else "stored"], name)])
+    return told
+
+
+def name_of(method, offset="zero", **_):
+    own = f"{method.removesuffix('-bce')}-{offset}"
+    if offset == "zero" or method.endswith(offset):
+        return method
+    return own if own in METHODS else f"{method}, {offset}"
+
+
+def pick(runs, **fields):
+    return [run for run in runs if fields.items() <= run.items()]
+
+
+def reported(file, name, level=0.0, reward="judge", judged=None, **fields):
+    """Runs, one a seed; where a name has several cells, those in its best."""
+    judged = judged or max([run["judged"] for run in file["runs"]])
+    runs = pick(file["runs"], method=name, level=level, reward=reward, judged=judged, **fields)
+    cells = [run["cell"] for run in runs]
+    best = [{knob: value for knob, value in row["cell"].items() if knob != "steps"}
+            for row in pick(file["tuning"], method=name, judged=judged, best=True)]
+    cell = next((cell for cell in cells if cell in best), cells[0] if cells else None)
+    return [run for run in runs if run["cell"] == cell]
+
+
+def lost(runs):
+    return [figures.lost(run) for run in runs]
 
 
 def parts(runs, part):
     return [run["train"].get(part, math.nan) for run in runs if "diverged" not in run]
 
 
-def broken(run, split="train"):
-    """A policy's probability of breaking the grammar."""
-    return sum(run[split]["mass"][kind] for kind in BROKEN)
+def seconds(runs):
+    return [run.get("seconds", math.inf) for run in runs]
+
+
+def seconds_until(run, allowed=0.01):
+    """When a share of the gain at most is still lost. Between two points of the curve log lost is
+    taken as linear."""
+    curve = run.get("curve", ())
+    points = [(point["seconds"], -math.log(point["regret"] / curve[0]["regret"]))
+              for point in curve]
+    for (x, before), (beyond, after) in pairwise(points):
+        if after >= -math.log(allowed):
+            return float(np.interp(-math.log(allowed), (before, after), (x, beyond)))
+    return math.inf
+
+
+# ---------------------------------------------------------------- cells
+def number(value, form=".3g"):
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    text = f"{value:{form}}"
+    text = f"{value:{form[:-2]}0f}" if "e+" in text else text    # no exponents
+    return text.replace("-", "−").replace("e−0", "e−")
+
+
+def percent(share, form=".3g"):
+    return f"{number(100 * share, form)} %"
+
+
+def ranged(values, unit="", form=".2g", ends="()", to=" to "):
+    """median (least to largest)"""
+    middle, *both = (number(of(values), form) for of in (median, min, max))
+    return f"{middle}{unit} {ends[0]}{to.join(both)}{ends[1]}"
+
+
+def shares(values):
+    return ranged([100 * value for value in values], " %") if values else "–"
+
+
+def medians(runs, *of):
+    return [percent(median(parts(runs, part)), ".2g") for part in of]
+
+
+def bad(shares):
+    """How many ended below the reference, or in no numbers."""
+    return f"{sum(share > 1 for share in shares)} of {len(shares)}"
+
+
+def cell_text(cell):
+    words = dict(beta_multiple="β × ", anchor="α ", ramp="path ", steps="steps ")
+    return ", ".join(words.get(knob, "") + f"{value:g}" for knob, value in cell.items())
+
+
+def code(name, *more):
+    method, *offset = name.split(", ")
+    return ", ".join([f"`{method}`", *offset, *more])
+
+
+# ---------------------------------------------------------------- comparisons
+# Words for: all differences below 0, all above 0, neither.
+VERDICTS = ("replicates", "does not: the reverse", "does not: no difference shown")
+
+
+def verdict(differences, words):
+    return words[0 if max(differences) < 0 else 1 if min(differences) > 0 else 2]
+
+
+def less(ours, theirs, words=VERDICTS):
+    """Three cells: do our runs lose less? Differences are in percent of the possible gain."""
+    differences = [100 * (a - b) for a, b in zip(lost(ours), lost(theirs), strict=True)]
+    return [f"{shares(lost(ours))} against {shares(lost(theirs))}",
+            ranged(differences, "", "+.2g", "[]", ", "), verdict(differences, words)]
+
+
+def sooner(ours, theirs):
+    """Three cells: are ours fewer seconds? The ratio is theirs over ours."""
+    here = f"{number(median(ours))} s against {number(median(theirs))} s"
+    arrive = [sum(value < math.inf for value in values) for values in (ours, theirs)]
+    if min(arrive) < len(ours):
+        here += f"; {arrive[0]} and {arrive[1]} of {len(ours)} seeds arrive"
+    return [here, "× " + ranged([b / a for a, b in zip(ours, theirs)], "", ".3g", "[]", ", "),
+            verdict([a - b for a, b in zip(ours, theirs)], VERDICTS)]
+
+
+def correlation(xs, ys):
+    """Of the ranks of two lists."""
+    ranks = [np.argsort(np.argsort(values)) for values in (xs, ys)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 # ---------------------------------------------------------------- stored.json
 # A table is a list of rows, the heading first, and a row of cells.
-def stored_tables(stored):
-    def runs(name, level=0.0, **fields):
-        return reported(stored, name, level, **fields)
+OFFSETS = (
+    ("scores: 0, `una-score`", "una-score", {}),
+    ("… learned, from 0", "una-score, from zero", {}),
+    ("… learned, from where it is balanced: `una-score-learned`", "una-score-learned", {}),
+    ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
+    ("… estimated, by the path", "una-score-estimated", dict(ramp=0.5)),
+    ("labels: 0, `una-binary-bce`", "una-binary-bce", {}),
+    ("… learned, from 0", "una-binary-bce, from zero", {}),
+    ("… learned, from where it is balanced: `una-binary-learned`", "una-binary-learned", {}),
+    ("… the exact β log Z(x), at once", "una-binary-bce, exact", dict(ramp=0)),
+    ("… the exact β log Z(x), by the path", "una-binary-bce, exact", dict(ramp=0.5)))
 
-    made, measured = {}, [name for name in STORED if runs(name)]
-    rows = made["stored"] = [["method", "lost", "above 100 %", "judged", "unjudged",
-                              "mass unjudged", "held-out"]]
-    rows += [[code(name), shares(lost(its := runs(name))), bad(lost(its)),
-              *(percent(median(parts(its, part)), ".2g")
-                for part in ("judged", "unjudged", "unjudged_mass")),
-              shares([run["heldout"]["lost"] for run in its if "diverged" not in run])]
-             for name in measured]
-    rows = made["masses"] = [["mass", *BROKEN, "wrong noun", "held-out: breaks the grammar",
-                              "mean log π/π_ref", "its rank with unjudged"]]
-    for name in measured:
-        its = [run for run in runs(name) if "diverged" not in run]
-        rows.append([code(name), *(shares([run["train"]["mass"][kind] for run in its])
-                                   for kind in (*BROKEN, "wrong noun")),
-                     shares([broken(run, "heldout") for run in its]),
-                     ranged(rho := [run["mean_rho"] for run in its]),
-                     number(correlation(rho, parts(its, "unjudged")), ".2f")])
-    rows = made["paths"] = [["f(x) + c", "one level: lost", "a level for each noun: lost",
-                             "off β log Z by"]]
-    for words, name, fields in (
-            ("scores: 0, `una-score`", "una-score", {}),
-            ("… learned, from 0", "una-score, from zero", {}),
-            ("… learned, from where it is balanced: `una-score-learned`", "una-score-learned", {}),
-            ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
-            ("… estimated, by the path", "una-score-estimated", dict(ramp=0.5)),
-            ("labels: 0, `una-binary-bce`", "una-binary-bce", {}),
-            ("… learned, from 0", "una-binary-bce, from zero", {}),
-            ("… learned, from where it is balanced: `una-binary-learned`", "una-binary-learned",
-             {}),
-            ("… the exact β log Z(x), at once", "una-binary-bce, exact", dict(ramp=0)),
-            ("… the exact β log Z(x), by the path", "una-binary-bce, exact", dict(ramp=0.5))):
-        both = [runs(name, level, **fields) for level in (0.0, 1.0)]
-        errors = [[run["offset_error"] for run in of if "offset_error" in run] for of in both]
-        rows.append([words, *(shares(lost(of)) for of in both),
-                     " · ".join(number(median(of), ".2g") for of in errors if of) or "–"])
-    made["stored_grids"] = grids(stored)
-    return made
+
+def stored_tables(stored):
+    kinds = [["method", "lost", "above 100 %", "judged", "unjudged", "mass unjudged", "held-out"]]
+    masses = [["mass", *BROKEN, "wrong noun", "held-out: breaks the grammar", "mean log π/π_ref",
+               "its rank with unjudged"]]
+    for name in STORED:
+        runs = reported(stored, name)
+        kinds.append([code(name), shares(lost(runs)), bad(lost(runs)),
+                      *medians(runs, "judged", "unjudged", "unjudged_mass"),
+                      shares([run["heldout"]["lost"] for run in runs if "diverged" not in run])])
+        runs = [run for run in runs if "diverged" not in run]
+        rho = [run["mean_rho"] for run in runs]
+        broken = [sum(run["heldout"]["mass"][kind] for kind in BROKEN) for run in runs]
+        masses.append([code(name), *(shares([run["train"]["mass"][kind] for run in runs])
+                                     for kind in (*BROKEN, "wrong noun")), shares(broken),
+                       ranged(rho), number(correlation(rho, parts(runs, "unjudged")), ".2f")])
+    paths = [["f(x) + c", "one level: lost", "a level for each noun: lost", "off β log Z by"]]
+    for words, name, fields in OFFSETS:
+        both = [reported(stored, name, level, **fields) for level in (0.0, 1.0)]
+        errors = [[run["offset_error"] for run in runs if "offset_error" in run] for runs in both]
+        paths.append([words, *(shares(lost(runs)) for runs in both),
+                      " · ".join(number(median(of), ".2g") for of in errors if of) or "–"])
+    return dict(stored=kinds, masses=masses, paths=paths, stored_grids=grids(stored))
 
 
 def grids(file):
@@ -105,6 +214,12 @@ def grids(file):
 
 
 # ---------------------------------------------------------------- the paper's claims
+# The paper's averages on two leaderboards.
+PAPER = {"una-binary-mse": "28.88 / 63.12", "una-binary-bce": "28.93 / 63.06",
+         "una-score": "30.92 / 64.35", "kto": "28.56 / 62.74", "dpo": "28.53 / 62.26",
+         "una-online": "25.91 / 56.13", "ppo": "25.36 / 55.68", "hours": "3.5 h against 8 h: 2.3 ×"}
+
+
 def claims_table(told):
     stored, online = told["stored"], told["online"]
 
@@ -119,13 +234,13 @@ def claims_table(told):
               for figure in ("reward", "kl", "objective", "judged"))
     states = [median(run["state_bytes"] for run in of) for of in (ours, theirs)]
     spread = [max(lost(of)) - min(lost(of)) for of in (ours, theirs)]
-    verdict, can = ("does not", "replicates"), (
+    yes_or_no, can = ("does not", "replicates"), (
         "it can, and loses less", "it can, but loses more", "it can; no difference shown")
     mixed = "one run can use all three kinds of feedback: mixed against"
     return [
         ["claim", "paper's figures", "here: lost", "difference", "verdict"],
         [*versus("pairwise UNA is DPO", "una-pair", "dpo", "“equivalent”")[:3],
-         f"largest of any figure: {number(off, '.2g')}", verdict[off == 0]],
+         f"largest of any figure: {number(off, '.2g')}", yes_or_no[off == 0]],
         versus("binary UNA (MSE) beats KTO", mse, kto),
         versus("binary UNA (BCE) beats KTO", bce, kto),
         versus("score UNA beats binary UNA (MSE)", score, mse),
@@ -137,12 +252,13 @@ def claims_table(told):
         versus("… Eq. 7 on a reward model's reward", *ONLINE, "the same", file=online,
                reward="model"),
         ["it is faster: as many samples", PAPER["hours"], *sooner(seconds(ours), seconds(theirs))],
-        ["… until 99 % of the gain", "–", *sooner(seconds(ours, 0.99), seconds(theirs, 0.99))],
+        ["… until 99 % of the gain", "–", *sooner(*([*map(seconds_until, of)]
+                                                    for of in (ours, theirs)))],
         ["it needs less memory: weights, gradients and optimiser state", "no figure",
-         f"{states[0] / states[1]:.3g} of PPO's", "–", verdict[states[0] < states[1]]],
+         f"{states[0] / states[1]:.3g} of PPO's", "–", yes_or_no[states[0] < states[1]]],
         ["it is more stable: largest minus least lost over the seeds", "no figure",
          " against ".join(percent(share, ".2g") for share in spread), "–",
-         verdict[spread[0] < spread[1]]],
+         yes_or_no[spread[0] < spread[1]]],
         *(versus(f"{mixed} {words} alone", "una-mixed", name, "no figure", can)
           for words, name in (("pairs", "una-pair"), ("labels", bce), ("scores", score))),
         *(versus(f"… with an anchor and f(x) + c, against {words}", "una-mixed-estimated", name,
@@ -174,18 +290,13 @@ def varied(runs, name, **knobs):
 
 
 def online_tables(online):
-    def runs(name, **fields):
-        return reported(online, name, **fields)
-
     rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds", "state"]]
-    for name, reward in [(name, "judge") for name in FRESH if runs(name)] + [
-            (name, "model") for name in ONLINE]:
-        its = runs(name, reward=reward)
-        rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(its)),
-                     bad(lost(its)), *(percent(median(parts(its, part)), ".2g")
-                                       for part in ("judged", "unjudged")),
-                     number(median(seconds(its))),
-                     f"{number(median(run['state_bytes'] for run in its) / 1e6)} MB"])
+    for name, reward in [(name, "judge") for name in FRESH] + [(name, "model") for name in ONLINE]:
+        runs = reported(online, name, reward=reward)
+        state = number(median(run["state_bytes"] for run in runs) / 1e6)
+        rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(runs)),
+                     bad(lost(runs)), *medians(runs, "judged", "unjudged"),
+                     number(median(seconds(runs))), f"{state} MB"])
     grpo = [["GRPO", "β", "theory, endless groups: lost", "theory, groups of 16: lost",
              "trained: lost"]]
     for words, knobs in GRPO:
@@ -201,17 +312,16 @@ def online_tables(online):
 
 
 # ---------------------------------------------------------------- budget.json
-SIZES = (1200, 9600, 76_800)                                     # judged responses
 BUDGET = (("pairs: `dpo`", "dpo", {}),
-         ("… with an anchor: `una-pair-anchored`", "una-pair-anchored", {}),
-         ("labels: f(x) + c = 0, `una-binary-bce`", "una-binary-bce", {}),
-         ("… learned: `una-binary-learned`", "una-binary-learned", {}),
-         ("scores: 0, `una-score`", "una-score", {}),
-         ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
-         ("… estimated, by the path: `una-score-estimated`", "una-score-estimated",
-          dict(ramp=0.5)),
-         ("… learned: `una-score-learned`", "una-score-learned", {}),
-         ("… learned, from 0", "una-score, from zero", {}))
+          ("… with an anchor: `una-pair-anchored`", "una-pair-anchored", {}),
+          ("labels: f(x) + c = 0, `una-binary-bce`", "una-binary-bce", {}),
+          ("… learned: `una-binary-learned`", "una-binary-learned", {}),
+          ("scores: 0, `una-score`", "una-score", {}),
+          ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
+          ("… estimated, by the path: `una-score-estimated`", "una-score-estimated",
+           dict(ramp=0.5)),
+          ("… learned: `una-score-learned`", "una-score-learned", {}),
+          ("… learned, from 0", "una-score, from zero", {}))
 OTHER_CELLS = (("`dpo` at the task's β", "dpo", dict(beta_multiple=1)),
                ("labels with the exact β log Z(x), at once", "una-binary-bce, exact",
                 dict(ramp=0)),
@@ -228,17 +338,15 @@ def at_size(told, name, size, **fields):
 
 def lost_and_parts(runs):
     """Two cells: what was lost, and the medians of its two parts."""
-    both = " + ".join(percent(median(parts(runs, part)), ".2g")
-                      for part in ("judged", "unjudged")) if runs else "–"
-    return [shares(lost(runs)), both]
+    return [shares(lost(runs)), " + ".join(medians(runs, "judged", "unjudged")) if runs else "–"]
 
 
 def budget_tables(told):
-    rows = [["lost", *(words for size in SIZES for words in (
+    sizes = [["lost", *(words for size in SIZES for words in (
         f"from {size:,}", "= judged + unjudged"))]]
-    for words, name, fields in BUDGET:
-        rows.append([words, *(cell for size in SIZES for cell in lost_and_parts(
-            at_size(told, name, size, **fields)))])
+    sizes += [[words, *(cell for size in SIZES
+                        for cell in lost_and_parts(at_size(told, name, size, **fields)))]
+              for words, name, fields in BUDGET]
     cells = [["in their own best cell", "cell", "lost", "judged + unjudged"]]
     for words, name, fields in OTHER_CELLS:
         runs = reported(told["budget"], name, **fields)
@@ -246,14 +354,13 @@ def budget_tables(told):
     models = [["pairs", "its optimum: lost by the judge", "= judged + unjudged",
                "reward gained, by the model", "by the judge", "`dpo` on the same pairs"]]
     for size in SIZES:
-        made = pick(told["budget"]["models"], judged=size)
-        models.append([
-            f"{size // 2:,}, β × {made[0]['beta_multiple']:g}",
-            *lost_and_parts([it["optimum"] for it in made]),
-            *(ranged([it["optimum"][by]["reward"] - it["reference"][by]["reward"] for it in made])
-              for by in ("by_model", "train")),
-            shares(lost(at_size(told, "dpo", size)))])
-    return dict(sizes=rows, other_cells=cells, models=models, budget_grids=grids(told["budget"]))
+        (best,) = pick(told["budget"]["tuning"], method="reward model", judged=size, best=True)
+        optima = [optimum for model in pick(told["budget"]["models"], judged=size)
+                  for optimum in pick(model["optima"], beta_multiple=best["beta_multiple"])]
+        models.append([f"{size // 2:,}, β × {best['beta_multiple']:g}", *lost_and_parts(optima),
+                       *(ranged([optimum["gained"][by] for optimum in optima]) for by in (0, 1)),
+                       shares(lost(at_size(told, "dpo", size)))])
+    return dict(sizes=sizes, other_cells=cells, models=models, budget_grids=grids(told["budget"]))
 
 
 def learning(told):
@@ -273,18 +380,12 @@ def learning(told):
 
 # ---------------------------------------------------------------- the page
 def tables(told):
-    """{name: Markdown}, of the files that are there."""
-    made = {}
-    for needs, of in ((("stored",), lambda: stored_tables(told["stored"])),
-                      (("online",), lambda: online_tables(told["online"])),
-                      (("stored", "online"), lambda: dict(claims=claims_table(told))),
-                      (("stored", "budget"), lambda: budget_tables(told))):
-        made |= of() if {*needs} <= told.keys() else {}
-    texts = {name: "\n".join(f"| {' | '.join(row)} |" for row in [
-        rows[0], ["---"] * len(rows[0]), *rows[1:]]) for name, rows in made.items()}
-    if "main" in told:
-        texts["full"] = f"```\n{figures.table(told['main'])}\n```"
-    return texts
+    """{name: Markdown}"""
+    made = dict(claims=claims_table(told)) | stored_tables(told["stored"])
+    made |= online_tables(told["online"]) | budget_tables(told)
+    return {name: "\n".join(f"| {' | '.join(row)} |" for row in [
+        rows[0], ["---"] * len(rows[0]), *rows[1:]]) for name, rows in made.items()} | dict(
+            full=f"```\n{figures.table(told['main'])}\n```")
 
 
 def filled(page, texts):
@@ -292,18 +393,15 @@ def filled(page, texts):
     for name, text in texts.items():
         before, marker, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
-        page = f"{before}{marker}\n{text}\n\n{end}{after}" if end else page
+        page = f"{before}{marker}\n{text}\n\n{end}{after}"
     return page
 
 
 def fill(folder):
-    """Tables and pictures of folder/README.md; where there is none, of a copy of this one."""
-    told, path = read(folder), Path(folder, "README.md")
-    page = path if path.exists() else Path(__file__).with_name("README.md")
-    page = filled(page.read_text(encoding="utf-8"), tables(told))
-    save(path, lambda partial: Path(partial).write_text(page, encoding="utf-8"))
-    if "main" in told:
-        figures.draw_claims(told["main"], told["stored"]["watched"], folder)
-    if {"stored", "online", "budget"} <= told.keys():
-        figures.picture(folder, "judgements.png", figures.draw_judgements, learning(told),
-                        figsize=(8.5, 5))
+    """Tables and pictures of a folder's JSON files, in this page's words."""
+    told = read(folder)
+    page = filled(Path(__file__).with_name("README.md").read_text(encoding="utf-8"), tables(told))
+    save(Path(folder, "README.md"), lambda path: Path(path).write_text(page, encoding="utf-8"))
+    figures.draw_all(told["main"], folder)
+    figures.picture(folder, "judgements.png", figures.draw_judgements, learning(told),
+                    figsize=(8.5, 5))

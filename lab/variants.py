@@ -12,7 +12,6 @@ import data
 import train
 import una
 from lab import exact
-from model import sample
 
 
 # ---------------------------------------------------------------- losses
@@ -52,12 +51,16 @@ LOSSES = {"own mean": una_online_own, "weighted rloo": rloo_weighted, "weighted 
           "undivided": grpo_undivided(3), "undivided, k2": grpo_undivided(2)}
 
 
+# Of f(x) + c that train.py knows no rule for: the rule by which it is made, before it is set.
+RULES = {"exact": "zero", "from zero": "learned"}
+
+
 def method_of(its):
     """The train.Method of a Run: a knob of its cell is a field of the Method, or names a loss."""
     cell, method = dict(its.cell), train.METHODS[its.method]
     cell.pop("collapsed", None)
     loss = LOSSES.get(cell.pop("loss", None), method.loss)
-    return method._replace(loss=loss, offset=its.offset, **cell)
+    return method._replace(loss=loss, offset=RULES.get(its.offset, its.offset), **cell)
 
 
 def collapse(policy, world, steps=300):
@@ -71,18 +74,6 @@ def collapse(policy, world, steps=300):
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)
     for step in range(1, steps + 1):
         train.descend(optimizer, -train.logprob(policy, tokens, mask).mean(), 3e-3, step, steps)
-
-
-def given_offsets(its, shared, beta):
-    """f(x) + c of each training prompt, (X,), where train.py's rules do not give it; else None.
-    exact: beta log Z(x) at the loss's own beta, whose optimum it is. from zero: learned from 0."""
-    truth = beta_log_z(shared, beta).float().to(shared.feedback.scores.device)
-    return {"exact": truth, "from zero": torch.zeros_like(truth).requires_grad_()}.get(its.offset)
-
-
-def beta_log_z(shared, beta):
-    world = shared.worlds["train"]
-    return una.optimal_policy(world.ref_logprobs, world.rewards, beta)[1]
 
 
 # ---------------------------------------------------------------- one run
@@ -104,55 +95,37 @@ def entry(its, settings, prepared):
 
 
 def trained(its, settings, shared):
-    """What a method reaches: all figures, or with look "lost" that alone.
-
-    its.points are those of a learning curve.
-    """
-    method, curve = method_of(its), []
-    world, heldout = shared.worlds["train"], shared.worlds["heldout"]
-    beta, fresh = method.beta_multiple * settings.beta, method.feedback == "fresh"
-    policy, batches, value, offsets = train.begin(method, settings, its.seed, shared,
-                                                  given_offsets(its, shared, beta))
+    """What a method reaches. its.points are those of a learning curve beside the reference's."""
+    method, feedback = method_of(its), shared.feedback
+    beta = method.beta_multiple * settings.beta
+    policy, batches, value, offsets = train.begin(method, settings, its.seed, shared)
+    truth = beta_log_z(shared.worlds["train"], beta)             # at the loss's beta
+    if its.offset == "exact":
+        offsets.copy_(truth)
+    if its.offset == "from zero":
+        offsets.detach().zero_()
     if dict(its.cell).get("collapsed"):
-        collapse(policy, world)
-    judged = torch.zeros_like(world.rewards, dtype=torch.bool)
-    batches = exact.noting(batches, world, judged)
-
-    def look(step, seconds, loss):
-        logprobs = exact.policy_logprobs(policy, world.prompts)
-        told["train"] = exact.evaluate(world, logprobs) | exact.lost_parts(
-            world, logprobs, judged) | dict(mass=exact.masses(world, logprobs))
-        curve.append(train.point(step, seconds, told["train"], loss=loss,
-                                 mass=told["train"]["mass"]))
-
-    told, apart = {}, 32 ** (1 / max(1, its.points - 1))         # geometric, from steps / 32 on
+        collapse(policy, shared.worlds["train"])
+    apart = 32 ** (1 / max(1, its.points - 1))                   # geometric, from steps / 32 on
     at = {max(1, round(its.steps / apart ** i)) for i in range(its.points)}
-    zeros, loss = counting(method.loss) if its.look == "zeros" else (None, method.loss)
-    try:
-        if its.look != "lost":
-            look(0, 0.0, None)
-        told |= train.align(method._replace(loss=loss), policy, batches, beta, its.steps, value,
-                            offsets, look, at)
-        if its.look != "lost":
-            logprobs = exact.policy_logprobs(policy, heldout.prompts)
-            told["heldout"] = exact.evaluate(heldout, logprobs) | dict(
-                mass=exact.masses(heldout, logprobs))
-    except FloatingPointError as error:
-        return dict(diverged=str(error))
-    if its.look == "lost":
-        return dict(train=dict(lost=told["train"]["lost"]))
-    if its.look == "zeros":
-        told["zeros"] = sum(zeros)
-    if not fresh:
-        told["mean_rho"] = train.mean_rho(policy, shared.feedback)
+    told = train.measured(method, settings, shared, at, policy, batches, value, offsets)
+    if "diverged" in told:
+        return told
     if its.offset in ("estimated", "learned", "from zero"):
-        error = offsets.detach().cpu() - beta_log_z(shared, beta)
-        told |= dict(offsets=offsets.tolist(), offset_error=error.square().mean().sqrt().item())
-    if fresh:
-        told["state_bytes"] += train.frozen_bytes(shared)
-    if fresh and shared.reward_model:
-        told["reward_model"] = dict(accuracy=accuracy(shared, its.seed))
-    return told | dict(curve=curve, method_beta=beta)
+        told["offset_error"] = (offsets.detach().cpu() - truth).square().mean().sqrt().item()
+    if its.method == "kto":                                      # the mean that z_0 cuts off at 0
+        few = slice(train.CHUNK)
+        rho = train.logprob_in_chunks(policy, feedback.other_tokens[few], feedback.other_mask[few])
+        told["other_rho"] = (rho - feedback.other_ref_logprob[few]).mean().item()
+    if its.points == 1:
+        del told["curve"]
+    for name in ("dots", "offsets", "chosen_reward", "rejected_reward"):     # no table has them
+        told.pop(name, None)
+    return told | dict(method_beta=beta)
+
+
+def beta_log_z(world, beta):
+    return una.optimal_policy(world.ref_logprobs, world.rewards, beta)[1]
 
 
 def grpo_theory(its, world, n):
@@ -173,87 +146,29 @@ def grpo_theory(its, world, n):
     return told
 
 
-def counting(loss):
-    """A list, and kto's loss that notes in it for each batch whether z_0 is 0."""
-    zeros = []
-
-    def counted(policy, batch, beta):
-        other = train.logprob_in_chunks(policy, batch.other_tokens, batch.other_mask)
-        zeros.append((other - batch.other_ref_logprob).mean().item() <= 0)
-        return loss(policy, batch, beta)
-    return zeros, counted
-
-
 # ---------------------------------------------------------------- reward models
 # A policy can be no better, by the reward that it is trained on, than that reward's own optimum,
 # pi_ref e^{r/b} / Z (Eq. 4). A reward model's rewards can be listed as a policy's probabilities
 # can. So its optimum is known too; what that loses by the judge is the reward model's doing, what
 # an optimiser loses by the reward model is the optimiser's.
-BETAS = tuple(2.0 ** power for power in range(-2, 7))  # of the optimum, in multiples of the task's
-
-
-def optima(world, rewards):
-    """[[multiple of beta, lost by the World's own measure of the optimum of rewards (X, Y)]]."""
-    return [[multiple, exact.evaluate(world, una.optimal_policy(
-        world.ref_logprobs, rewards, multiple * world.beta)[0])["lost"]] for multiple in BETAS]
+BETAS = (0.5, 1, 2, 4, 8)                                        # multiples of the task's
 
 
 def reward_model(its, settings, shared):
-    """The optima of a reward model, trained by its cell; with look "lost" on four prompts alone.
-
-    Else also the reference and the model's own optimum at the cell's beta, measured by the judge
-    ("train") and by the model ("by_model").
-    """
-    cell, world = dict(its.cell), shared.worlds["train"]
-    if its.look == "lost":
-        world = part_of(world, slice(None, None, 3))             # a prompt of each mood
-    shared.reward_model = train.train_reward_model(
-        settings, its.seed, shared.reference, shared.feedback, cell["learning_rate"])
+    """The optima of a reward model that its cell trains, one for each of BETAS: what they lost by
+    the judge, and how much more reward than pi_ref they have by the model and by the judge."""
+    world = shared.worlds["train"]
+    model = train.train_reward_model(settings, its.seed, shared.reference, shared.feedback,
+                                     dict(its.cell)["learning_rate"])
     rewards = torch.stack([exact.all_rewards(
-        shared.reward_model, prompt.to(settings.device), data.MAX_TOKENS, data.EOT).cpu()
+        model, prompt.to(settings.device), data.MAX_TOKENS, data.EOT).cpu()
         for prompt in world.prompts]).double()
-    told = dict(optima=optima(world, rewards))
-    if its.look == "lost":
-        return told
-    by_model = as_rewarded(world, rewards, cell["beta_multiple"] * world.beta)
-    best = una.optimal_policy(world.ref_logprobs, rewards, by_model.beta)[0]
-    judged = torch.zeros_like(world.rewards, dtype=torch.bool)
+    judged, optima = torch.zeros_like(world.rewards, dtype=torch.bool), []
     list(exact.noting([shared.feedback], world, judged))
-    for name, logprobs in (("reference", world.ref_logprobs), ("optimum", best)):
-        told[name] = dict(train=exact.evaluate(world, logprobs),
-                          by_model=exact.evaluate(by_model, logprobs))
-    told["optimum"]["train"] |= exact.lost_parts(world, best, judged)
-    return told
-
-
-def part_of(world, rows):
-    """A World of some of its prompts."""
-    part = copy.copy(world)
-    for name in ("prompts", "rewards", "ref_logprobs", "optimum", "gain", "kinds",
-                 "value_logprobs"):
-        setattr(part, name, getattr(world, name)[rows])
-    return part
-
-
-def as_rewarded(world, rewards, beta):
-    """The World of the same prompts where rewards (X, Y) are given, and a nat costs beta."""
-    other = copy.copy(world)
-    other.rewards, other.beta = rewards, beta
-    other.values = other.value_logprobs = None                   # there are too many
-    other.optimum = una.optimal_policy(world.ref_logprobs, rewards, beta)[1]
-    other.gain = other.optimum - exact.expect(world.ref_logprobs, rewards)
-    return other
-
-
-@torch.no_grad()
-def accuracy(shared, seed):
-    """How often the reward model orders two samples of the reference as the judge does, among some
-    2000 such twos, where the judge prefers one of them."""
-    prompts = shared.worlds["train"].prompts.to(shared.feedback.tokens.device)
-    x = prompts.repeat_interleave(4096 // len(prompts) // 2 * 2, 0)        # even: in twos
-    y, mask = sample(shared.reference, x, data.MAX_TOKENS, data.EOT,
-                     torch.Generator(x.device).manual_seed(seed))
-    by_model = train.model_reward(shared.reward_model, *data.join(x, y, mask)).cpu()
-    model_gap, judge_gap = (rewards[0::2] - rewards[1::2] for rewards in (
-        by_model, data.reward(x, y)))
-    return (model_gap * judge_gap > 0)[judge_gap.abs() > 1e-6].float().mean().item()
+    for multiple in BETAS:
+        best, _ = una.optimal_policy(world.ref_logprobs, rewards, multiple * world.beta)
+        gained = [(exact.expect(best, of) - exact.expect(world.ref_logprobs, of)).mean().item()
+                  for of in (rewards, world.rewards)]
+        optima.append(dict(beta_multiple=multiple, gained=gained, train=exact.evaluate(
+            world, best) | exact.lost_parts(world, best, judged)))
+    return dict(optima=optima)

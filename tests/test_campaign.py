@@ -15,9 +15,9 @@ import torch
 import data
 import train
 import una
-from helpers import close, moved, near, normals
+from helpers import close, moved, near
 from lab import __main__ as command
-from lab import budget, campaign, compare, exact, figures, online, run, stored, tables, variants
+from lab import budget, campaign, exact, figures, online, run, stored, tables, variants
 from lab.campaign import REPORTED_SEEDS, TUNING_SEEDS, Run
 from model import ScalarGPT
 from toy import timeless
@@ -55,12 +55,13 @@ def policy(scale=0.3):
     return moved(shared().reference, scale).double()
 
 
-def trained_by_hand(its, offsets=None):
-    settings, method = campaign.settings_of(LAB, its), variants.method_of(its)
-    trained, batches, value, offsets = train.begin(method, settings, its.seed, shared(),
-                                                   offsets)
-    train.align(method, trained, batches, 0.25 * method.beta_multiple, its.steps, value, offsets)
-    return trained
+def began(its, monkeypatch):
+    """What a Run has for policy, batches, value model and f(x) + c when its training begins."""
+    measured = mock.Mock(return_value=dict(diverged=""))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measured", measured)
+        entry(its)
+    return measured.call_args.args[-4:]
 
 
 RUNS = [short("una-online", seed=5), short("una-score", "estimated", level=0.0),
@@ -74,7 +75,7 @@ def run_of(told, **more):
 
 
 def test_what_has_ended_is_kept_and_the_same_call_makes_what_is_missing_and_no_more(
-        tmp_path, monkeypatch, capsys):
+        tmp_path, monkeypatch):
     lab, stop, made, make = LAB._replace(folder=str(tmp_path)), {RUNS[2]}, [], variants.entry
 
     def recorded(its, *rest):
@@ -95,16 +96,12 @@ def test_what_has_ended_is_kept_and_the_same_call_makes_what_is_missing_and_no_m
     made.clear()
     assert campaign.results(lab, "again", [*RUNS[::-1], RUNS[1]]) == [*told[::-1], told[1]]
     assert not made
-    half = Path(campaign.path_of(lab, RUNS[2], ".json"))
-    half.write_text('{"method":', encoding="utf-8")
-    assert timeless(campaign.results(lab, "half", RUNS)) == timeless(told) and made == [RUNS[2]]
-    assert f"{half} is half or empty" in capsys.readouterr().err
 
 
 def test_a_result_is_named_by_all_that_it_depends_on_the_code_and_versions_too(monkeypatch):
     its = Run("kto")
     other = dict(method="dpo", offset="exact", level=1.0, reward="model", judged=48, steps=3,
-                 cell=(("epochs", 2),), seed=1, look=(Run("ppo"),), points=2)
+                 cell=(("epochs", 2),), seed=1, points=2)
     assert [*other] == [*Run._fields]
     name = lambda its=its, lab=LAB: campaign.path_of(lab, its, ".json")
     names = [name(), name(lab=LAB._replace(flags=())),
@@ -118,7 +115,7 @@ def test_a_result_is_named_by_all_that_it_depends_on_the_code_and_versions_too(m
         names.append(name())
     monkeypatch.setattr(Path, "read_bytes", read)
     monkeypatch.setattr(run, "versions", lambda: dict(torch="another"))
-    assert len({*names, name()}) == len(names) + 1 == 19
+    assert len({*names, name()}) == len(names) + 1 == 18
 
 
 @pytest.mark.parametrize("outcome, status, told, files", [
@@ -128,7 +125,6 @@ def test_a_result_is_named_by_all_that_it_depends_on_the_code_and_versions_too(m
     (json.JSONDecodeError("half", "{", 1), 2, "python -m lab: --out .*: half: line 1 .*", [])])
 def test_a_plan_is_written_whole_or_ends_in_one_line(
         outcome, status, told, files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "fill", lambda folder: None)
     monkeypatch.setitem(command.PLANS, "online", mock.Mock(side_effect=[outcome]))
     with pytest.raises(SystemExit, match=f"^{status}$"):
         sys.exit(command.main(["online", "--out", str(tmp_path), "--jobs", "1"]))
@@ -136,17 +132,17 @@ def test_a_plan_is_written_whole_or_ends_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == files
 
 
-def tuned(grid, lost, moves=0):
+def tuned(grid, lost):
     """What tune says of a grid of kto, and the cells that ran on each seed; lost(cell, seed) tells
     what a run lost."""
     ran = {seed: [] for seed in TUNING_SEEDS}
 
-    def lost_of(title, runs):
+    def lost_of(lab, title, runs):
         for its in runs:
-            assert its == Run("kto", cell=its.cell, seed=its.seed, look="lost")
+            assert its == Run("kto", cell=its.cell, seed=its.seed)
             ran[its.seed].append(its.cell)
         return [lost(dict(its.cell), its.seed) for its in runs]
-    (lost, chosen) = campaign.tune({Run("kto"): grid}, moves, lost_of)
+    lost, chosen = campaign.tune(None, {Run("kto"): grid}, lost_of)
     return lost[Run("kto")], dict(chosen[Run("kto")]), ran
 
 
@@ -175,11 +171,10 @@ def test_a_grid_grows_by_one_value_beyond_the_end_where_its_best_cell_lies_and_n
             (1e-3, 2, dict(learning_rate=(5e-4, *rates), beta_multiple=(*betas, 4)))):
         best = dict(learning_rate=rate, beta_multiple=beta, epochs=2, anchor=1)
         assert campaign.grown(grid, best) == grid | new
-    for moves in (0, 1, 2):
-        lost, chosen, ran = tuned(grid, lambda cell, seed: (
-            abs(cell["beta_multiple"] - 1) - cell["learning_rate"]), moves)
-        assert len(lost) == len(ran[100]) == len({*ran[100]}) == 18 + 6 * moves
-        assert chosen["learning_rate"] == 4e-3 * 2 ** moves
+    lost, chosen, ran = tuned(grid, lambda cell, seed: (
+        abs(cell["beta_multiple"] - 1) - cell["learning_rate"]))
+    assert len(lost) == len(ran[100]) == len({*ran[100]}) == 18 + 6
+    assert chosen["learning_rate"] == 8e-3
 
 
 FILES = {name: json.loads((campaign.ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
@@ -200,7 +195,7 @@ def test_the_methods_of_train_have_the_best_cells_of_their_grids():
     for row in FILES["stored"]["tuning"] + FILES["online"]["tuning"]:
         if row["best"] and not row["level"] and row["offset"] != "exact":
             its = Run(row["method"], row["offset"], cell=tuple(row["cell"].items()))
-            name = compare.name_of(row["method"], row["offset"])
+            name = tables.name_of(row["method"], row["offset"])
             assert variants.method_of(its) == train.METHODS[name], name
             if name == "dpo":
                 pair = variants.method_of(its._replace(method="una-pair"))
@@ -212,15 +207,15 @@ def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypat
     file, found, asked = FILES[plan.__name__.removeprefix("lab.")], {}, set()
     for row in file["tuning"]:
         for seed, share in zip(TUNING_SEEDS, row["lost"]):
-            its = run_of(row, seed=seed, look="lost")
+            its = run_of(row, seed=seed)
+            told = dict(diverged="") if share is None else dict(train=dict(lost=share))
             if its.method == "reward model":                     # one Run has all betas' optima
-                told = found.setdefault(its._replace(cell=its.cell[:1]), dict(optima=[]))
-                told["optima"].append([row["cell"]["beta_multiple"], share])
+                told["beta_multiple"] = row["cell"]["beta_multiple"]
+                found.setdefault(budget.without_beta(its), dict(optima=[]))["optima"].append(told)
             else:
-                found[its] = (
-                    dict(diverged="") if share is None else dict(train=dict(lost=share)))
-    for told in file["runs"] + file.get("watched", []):
-        found[run_of(told, look="zeros" if "zeros" in told else "end")] = told
+                found[its] = told
+    for told in file["runs"]:
+        found[run_of(told)] = told
     for told in file.get("theory", []):
         found[run_of(told, method="theory")] = told
     for told in file.get("models", []):
@@ -243,15 +238,18 @@ def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypat
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.0625])
-def test_the_exact_offset_is_beta_log_z_at_the_losss_own_beta(beta):
+def test_the_exact_offset_is_beta_log_z_at_the_losss_own_beta(beta, monkeypatch):
     weights = world().ref_logprobs.exp() * (world().rewards / beta).exp()
     beta_log_z = beta * weights.sum(1).log()
     assert beta_log_z.max() - beta_log_z.min() > 0.3             # no two prompts have the same
-    given = {offset: variants.given_offsets(Run("una-score", offset), shared(), beta)
-             for offset in ("exact", "from zero", "learned", "estimated")}
-    assert near(given["exact"].double(), beta_log_z, 1e-6)
-    assert given["from zero"].requires_grad and not given["from zero"].any()
-    assert given["learned"] is None is given["estimated"]
+    for offset, learned in (("exact", False), ("from zero", True), ("learned", True)):
+        its = short("una-score", offset, cell=(("beta_multiple", beta / 0.25),))
+        _, batches, _, offsets = began(its, monkeypatch)
+        assert offsets.requires_grad == learned
+        assert near(offsets.double(), beta_log_z, 1e-6) == (offset == "exact")
+        assert (not offsets.any()) == (offset == "from zero")
+        batch = next(batches)
+        assert torch.equal(batch.offset, offsets[batch.prompt])
 
 
 def stored_batch(model, share=0.25):
@@ -357,60 +355,51 @@ def test_eq07_gradient_noise_vanishes_at_the_optimum_and_ppos_does_not(monkeypat
     assert noise(train.grpo) > 1e-3             # its own optimum is another policy
 
 
-def test_the_end_is_measured_exactly_with_its_masses_and_how_far_an_offset_is_from_beta_log_z():
+def test_the_end_is_measured_exactly_with_its_masses_and_how_far_an_offset_is_from_beta_log_z(
+        monkeypatch):
     feedback = shared().feedback
     for name, offset in (("una-score", "estimated"), ("una-binary-bce", "learned"),
-                         ("una-score", "exact"), ("una-score", "zero")):
-        its = short(name, offset, points=3, cell=(("learning_rate", 1e-2), ("beta_multiple", 2)))
-        truth, told = variants.beta_log_z(shared(), 0.5), entry(its)
-        trained = trained_by_hand(its, offsets=truth.float() if offset == "exact" else None)
+                         ("una-score", "exact"), ("kto", "zero")):
+        its = short(name, offset, points=2, cell=(("learning_rate", 1e-2), ("beta_multiple", 2)))
+        policy, batches, value, offsets = began(its, monkeypatch)
+        train.align(variants.method_of(its), policy, batches, 0.5, 3, value, offsets)
+        told, rho = entry(its), train.logprob(policy, feedback.tokens, feedback.mask)
         for split in ("train", "heldout"):
-            end = exact.policy_logprobs(trained, world(split).prompts)
+            end = exact.policy_logprobs(policy, world(split).prompts)
             assert told[split].items() >= exact.evaluate(world(split), end).items()
             assert told[split]["mass"] == exact.masses(world(split), end)
-        of, curve = told["train"], told["curve"]
-        assert of["judged"] + of["unjudged"] == pytest.approx(of["lost"], abs=1e-9)
-        assert curve[0]["mass"] == exact.masses(world(), world().ref_logprobs)
-        assert (curve[-1]["regret"], curve[-1]["mass"]) == (of["regret"], of["mass"])
-        rho = train.logprob(trained, feedback.tokens, feedback.mask) - feedback.ref_logprob
-        assert told["mean_rho"] == pytest.approx(rho.mean().item(), abs=1e-6)
-        assert told["method_beta"] == 0.5
-        assert entry(its._replace(look="lost")) == dict(train=dict(lost=of["lost"]))
+        reached = told["train"]
+        assert reached["judged"] + reached["unjudged"] == pytest.approx(reached["lost"], abs=1e-9)
+        assert [point["step"] for point in told["curve"]] == [0, 1, 3]
+        assert told["curve"][-1]["regret"] == reached["regret"] and told["method_beta"] == 0.5
+        assert told["mean_rho"] == pytest.approx((rho - feedback.ref_logprob).mean().item(),
+                                                 abs=1e-6)
         assert ("offset_error" in told) == (offset in ("estimated", "learned"))
         if "offset_error" in told:
-            off = torch.tensor(told["offsets"]) - truth
+            off = offsets.detach() - variants.beta_log_z(world(), 0.5)
             assert told["offset_error"] == off.square().mean().sqrt().item() > 1e-3
+        if name == "kto":
+            rho = train.logprob(policy, feedback.other_tokens, feedback.other_mask)
+            assert told["other_rho"] == pytest.approx(
+                (rho - feedback.other_ref_logprob).mean().item(), abs=1e-6)
+            assert abs(told["other_rho"] - told["mean_rho"]) > 1e-4
+        assert "curve" not in entry(its._replace(points=1))
 
 
-def test_a_run_of_another_size_learns_from_as_much_and_the_prepared_feedback_stays():
+def test_a_run_of_another_size_learns_from_as_much_and_the_prepared_feedback_stays(monkeypatch):
     its = short("una-score", "estimated", judged=24, cell=(("beta_multiple", 1),))
     feedback = train.collect_feedback(campaign.settings_of(LAB, its), 0, shared().reference)
     offsets = train.start_offsets(variants.method_of(its), feedback, 0.25)
-    assert entry(its)["offsets"] == offsets.tolist() != entry(its._replace(judged=48))["offsets"]
+    few, more = (began(run, monkeypatch)[-1] for run in (its, its._replace(judged=48)))
+    assert torch.equal(few, offsets) and not near(few, more, 1e-3)
     assert len(shared().feedback.tokens) == 48
 
 
 @pytest.mark.parametrize("method, offset", [("kto", "zero"), ("una-score", "from zero"),
                                             ("una-online", "zero")])
 def test_a_run_that_leaves_the_numbers_says_so_and_has_lost_more_than_any_other(method, offset):
-    for look in ("end", "lost"):
-        told = entry(short(method, offset, look=look, cell=(("learning_rate", 1e39),)))
-        assert [*told] == ["diverged"] and figures.lost(told) == math.inf
-
-
-def test_kto_is_counted_where_z0_is_0_and_trains_as_ever():
-    its = short("kto", steps=8, judged=192, look="zeros",
-                cell=(("learning_rate", 1e-2), ("beta_multiple", 0.5)))
-    told, own = entry(its), entry(its._replace(look="end"))
-    assert 1 <= told.pop("zeros") <= 8 and timeless(told) == timeless(own)
-    noted, loss = variants.counting(train.kto)
-    model = policy()
-    batch = data.take(shared().feedback, torch.arange(48))
-    ref_logprob = batch.other_ref_logprob
-    for shift in (1e3, -1e3):                                    # the sign of log pi/pi_ref
-        batch.other_ref_logprob = ref_logprob + shift
-        assert torch.equal(loss(model, batch, 0.3), train.kto(model, batch, 0.3))
-    assert noted == [True, False]
+    told = entry(short(method, offset, cell=(("learning_rate", 1e39),)))
+    assert [*told] == ["diverged"] and figures.lost(told) == math.inf
 
 
 def optimum(rewards, beta):
@@ -427,48 +416,25 @@ def share_lost(rewards, beta, ours):
     return ((best - own) / (best - start)).item()
 
 
-def test_optima_are_the_listed_rewards_optima_by_the_judges_measure_and_no_level_changes_them():
-    other = world().rewards + normals(0)(3, 651)
-    expected = {multiple: share_lost(world().rewards, 0.25, optimum(other, multiple * 0.25))
-                for multiple in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}
-    for rewards in (other, other + torch.tensor([[3.0], [-7.0], [1.0]])):
-        assert dict(variants.optima(world(), rewards)) == pytest.approx(expected)
-    judged = variants.optima(world(), world().rewards)
-    assert dict(judged)[1] == pytest.approx(0, abs=1e-9)
-
-
-def test_a_part_of_a_world_is_the_world_of_those_prompts():
-    part = variants.part_of(world(), slice(None, None, 2))
-    alone = exact.World(shared().reference, data.TRAIN_PROMPTS[::2], 0.25, 1.0)
-    logprobs = exact.policy_logprobs(policy(), alone.prompts)
-    assert exact.evaluate(part, logprobs) == pytest.approx(exact.evaluate(alone, logprobs))
-
-
 def test_a_reward_models_optimum_is_measured_by_the_model_and_by_the_judge():
-    its = short("reward model", cell=(("learning_rate", 1e-2), ("beta_multiple", 2)), steps=7)
-    told, on = entry(its), shared()
-    on.reward_model = train.train_reward_model(campaign.settings_of(LAB, its), 0, on.reference,
-                                               on.feedback, 1e-2)
-    listed = torch.stack([exact.all_rewards(on.reward_model, prompt, 2, data.EOT)
+    its, on = short("reward model", cell=(("learning_rate", 1e-2),), steps=7), shared()
+    model = train.train_reward_model(campaign.settings_of(LAB, its), 0, on.reference, on.feedback,
+                                     1e-2)
+    listed = torch.stack([exact.all_rewards(model, prompt, 2, data.EOT)
                           for prompt in world().prompts]).double()
-    assert told["optima"] == variants.optima(world(), listed)
-    for name, logprobs in (("reference", world().ref_logprobs), ("optimum", optimum(listed, 0.5))):
-        for measure, rewards, beta in (("train", world().rewards, 0.25), ("by_model", listed, 0.5)):
-            assert told[name][measure]["lost"] == pytest.approx(
-                share_lost(rewards, beta, logprobs), abs=1e-9)
-    assert told["optimum"]["by_model"]["lost"] == pytest.approx(0, abs=1e-9)
     seen, (responses, _) = {*map(tuple, on.feedback.tokens.tolist())}, exact.all_responses(
         data.ENCODING.n_vocab, 2, data.EOT)
     judged = torch.tensor([[(*x, *y) in seen for y in responses.tolist()]
-                           for x in world().prompts.tolist()])
-    parts = exact.lost_parts(world(), optimum(listed, 0.5), judged)  # judged: the pairs' responses
-    assert parts.items() <= told["optimum"]["train"].items() and 0 < judged.sum() < judged.numel()
-    third = variants.part_of(world(), slice(0, 1))               # each third of three prompts
-    assert entry(its._replace(look="lost")) == dict(optima=variants.optima(third, listed[:1]))
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_reward_model_is_accurate_where_it_orders_as_the_judge_does(sign, monkeypatch):
-    monkeypatch.setattr(train, "model_reward", lambda model, tokens, mask: sign * data.reward(
-        tokens[:, :3], tokens[:, 3:]))
-    assert variants.accuracy(shared(), 0) == (sign == 1)
+                           for x in world().prompts.tolist()])   # the pairs' responses
+    assert 0 < judged.sum() < judged.numel()
+    told = {of["beta_multiple"]: of for of in entry(its)["optima"]}
+    assert [*told] == [0.5, 1, 2, 4, 8]
+    for multiple, of in told.items():
+        best = optimum(listed, multiple * 0.25)
+        assert of["train"]["lost"] == pytest.approx(share_lost(world().rewards, 0.25, best))
+        parts = exact.lost_parts(world(), best, judged)
+        assert {part: of["train"][part] for part in parts} == pytest.approx(parts)
+        by_model, by_judge = ((rewards * (best.exp() - world().ref_logprobs.exp())).sum(1).mean()
+                              for rewards in (listed, world().rewards))
+        assert of["gained"] == pytest.approx([by_model.item(), by_judge.item()])
+    assert len({round(of["train"]["lost"], 6) for of in told.values()}) == 5
