@@ -1,8 +1,7 @@
-"""on_the_toy.py, online.py and memory.py. They are skipped where TRL is missing."""
+"""on_the_toy.py and online.py. They are skipped where TRL is missing."""
 import json
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import memory
 import on_the_toy as toy
 import online
 import own_model
@@ -257,7 +255,7 @@ def test_a_run_online_that_starts_elsewhere_or_diverges_ends_and_saves_nothing(
     assert "nats before training" in capsys.readouterr().err and not [*tmp_path.glob("*")]
 
 
-# ---------------------------------------------------------------- compare, memory.py
+# ---------------------------------------------------------------- compare
 def test_on_all_feedback_at_once_all_trainers_are_one_and_compare_goes_on(
         exported, monkeypatch, same_numbers):
     path = exported.folder.parent / "on_the_toy.json"
@@ -275,15 +273,3 @@ def test_on_all_feedback_at_once_all_trainers_are_one_and_compare_goes_on(
         monkeypatch.setattr(toy, name, None)
     toy.main(command)
     assert toy.read(path) == told
-
-
-def test_memory_is_dpos_by_both_trainers_and_other_devices_stay(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(memory, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    path = tmp_path / "memory.json"
-    path.write_text('{"a GPU": 7}', encoding="utf-8")
-    memory.main(path, dict(vocab_size=40, n_positions=32, n_embd=8, n_layer=1, n_head=2))
-    other, here = toy.read(path).values()
-    held = {row["by"]: row["bytes"] for row in here["runs"]}
-    assert other == 7 and [*held] == ["own_model.py", "TRL"] and min(held.values()) > 1e6
-    losses = re.findall(r"'loss': '?([\d.]+)", capfd.readouterr().out)        # log 2, at first
-    assert [*map(float, losses)] == pytest.approx([0.6931] * 2 * len(here["runs"]), abs=1e-3)
