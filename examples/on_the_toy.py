@@ -86,17 +86,17 @@ def write(folder, settings):
     reference = train.train_reference(settings, settings.seed)
     to_transformers(reference).save_pretrained(folder / "reference")
     tokenizer().save_pretrained(folder / "reference")
-    told = train.collect_feedback(settings, settings.seed, reference)
-    x = told.tokens[:, :data.PROMPT_TOKENS].tolist()
-    y = [tokens[mask].tolist() for tokens, mask in zip(told.tokens, told.mask)]
+    feedback = train.collect_feedback(settings, settings.seed, reference)
+    x = feedback.tokens[:, :data.PROMPT_TOKENS].tolist()
+    y = [tokens[mask].tolist() for tokens, mask in zip(feedback.tokens, feedback.mask)]
     binary = [dict(prompt=prompt, completion=completion, label=label)
-              for prompt, completion, label in zip(x, y, told.labels.bool().tolist())]
+              for prompt, completion, label in zip(x, y, feedback.labels.bool().tolist())]
     scores = [dict(prompt=prompt, completion=completion, score=score)
-              for prompt, completion, score in zip(x, y, told.scores.tolist())]
+              for prompt, completion, score in zip(x, y, feedback.scores.tolist())]
     pairs = [dict(prompt=x[chosen], chosen=y[chosen], rejected=y[rejected])
-             for chosen, rejected in told.pairs.tolist()]
+             for chosen, rejected in feedback.pairs.tolist()]
     of_labels, of_scores = data.thirds(len(x))
-    of_pairs = (told.pairs[:, 1] < of_labels).sum().item()
+    of_pairs = (feedback.pairs[:, 1] < of_labels).sum().item()
     mixed = pairs[:of_pairs] + binary[of_labels:of_scores] + scores[of_scores:]
     for kind, rows in dict(pairs=pairs, binary=binary, scores=scores, mixed=mixed).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
