@@ -86,6 +86,12 @@ def test_a_policy_is_measured_as_train_py_measures_it_or_not_at_all(exported, tm
 
 
 # ---------------------------------------------------------------- TRL
+def test_the_judge_reads_each_completion_with_its_own_prompt(exported):
+    prompts, texts = ["happy wind :", "sad wind :"], [" warm", " warm"]
+    rewards = data.reward(data.encode_prompts(prompts), data.encode_responses(texts)[0])
+    assert toy.judge(prompts, texts) == rewards.tolist() and rewards[0] != rewards[1]
+
+
 def trl_and_us(exported, method, steps, out, monkeypatch):
     """TRL's trainer of a method for the export; a policy; train.py's batches of 48 for it, too."""
     of = train.METHODS[method]._replace(learning_rate=4e-3, beta_multiple=2)
