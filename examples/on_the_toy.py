@@ -123,7 +123,7 @@ def stored_feedback(method, folder, settings):
     return path, rows, round(settings.batch * len(rows) / settings.judged)
 
 
-def arguments(method, size, out, settings):
+def common_flags(method, size, out, settings):
     """train.py's settings, by the names that TRL and own_model.py have for them."""
     of = train.METHODS[method]
     return dict(output_dir=str(out), seed=settings.seed, max_steps=settings.steps,
@@ -151,36 +151,37 @@ def trl_trainer(method, folder, out, settings):
     steps = settings.steps
     if train.METHODS[method].feedback == "fresh":
         rows, size = [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS], settings.batch
-        common = dict(num_generations=size // len(rows), shuffle_dataset=False,
-                      max_completion_length=data.MAX_TOKENS)
+        options = dict(num_generations=size // len(rows), shuffle_dataset=False,
+                       max_completion_length=data.MAX_TOKENS)
         judges = dict(reward_funcs=judge)
     else:
         _, rows, size = stored_feedback(method, folder, settings)
         batches = data.shuffled(torch.arange(len(rows)), size,   # as in data.stored_batches
                                 torch.Generator().manual_seed(settings.seed))
+        # TRL takes texts, and appends end-of-text to those without: to responses that were cut off.
+        # There it is one token too many, and is cut off again.
         rows = [{name: data.ENCODING.decode(part) if isinstance(part, list) else part
                  for name, part in rows[i].items()}
                 for _, batch in zip(range(steps), batches) for i in batch.tolist()]
-        # TRL appends end-of-text to what was cut off: a token too many, which is cut off again.
-        common = dict(train_sampling_strategy="sequential", precompute_ref_log_probs=True,
-                      max_length=data.PROMPT_TOKENS + data.MAX_TOKENS)
+        options = dict(train_sampling_strategy="sequential", precompute_ref_log_probs=True,
+                       max_length=data.PROMPT_TOKENS + data.MAX_TOKENS)
         judges = {}
-    config, trainer, more = {
+    config, of_trl, more = {
         "dpo": (trl.DPOConfig, trl.DPOTrainer, {}),
         "kto": (trl.KTOConfig, trl.KTOTrainer, {}),
         "rloo": (trl.RLOOConfig, trl.RLOOTrainer, {}),
         "grpo": (trl.GRPOConfig, trl.GRPOTrainer,                # the paper's, not TRL's default
                  dict(loss_type="grpo", use_bias_correction_kl=False)),
         "una-online": (trl.GRPOConfig, online.UNATrainer, dict(scale_rewards="none"))}[method]
-    args = config(**arguments(method, size, out, settings), **common, **more,
+    args = config(**common_flags(method, size, out, settings), **options, **more,
                   bf16=False, activation_checkpointing=False)    # TRL's defaults: the opposite
-    made = trainer(
+    trainer = of_trl(
         GPT2LMHeadModel.from_pretrained(folder / "reference", dtype=torch.float32),
         args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(), **judges)
-    made.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(       # as train.descend's
-        made.create_optimizer(),
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(    # as train.descend's
+        trainer.create_optimizer(),                              # AdamW; its weight decay is 0
         lambda done: min(1.0, (done + 1) / (0.05 * steps)) * (1 - done / steps))
-    return made
+    return trainer
 
 
 def train_by_own_model(method, folder, out, settings):
@@ -189,7 +190,7 @@ def train_by_own_model(method, folder, out, settings):
     import own_model
 
     path, _, size = stored_feedback(method, folder, settings)
-    flags = arguments(method, size, out, settings) | dict(
+    flags = common_flags(method, size, out, settings) | dict(
         model=folder / "reference", data=path, heldout=0, per_device_eval_batch_size=1024,
         warmup_steps=settings.steps // 20)
     more = {"una-binary-bce": ["--g=bce"], "una-score-estimated": ["--offset=ramped"]}
