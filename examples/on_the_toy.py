@@ -2,23 +2,20 @@
 
     python examples/on_the_toy.py write DIR                          what train.py learns from
     python examples/on_the_toy.py evaluate DIR FOLDER                what the policy in FOLDER lost
-    python examples/on_the_toy.py trl DIR --method dpo --out FOLDER  a policy by a trainer of TRL's
-    python examples/on_the_toy.py compare DIR                        four trainers, three seeds
+    python examples/on_the_toy.py compare DIR --seed 1 --seeds 3     four trainers, three seeds
 
-The last two need requirements-trl.txt. All but evaluate take train.py's flags too: --seed, --steps,
---judged, --level, ... Written are reference, a GPT-2 and its tokenizer for from_pretrained;
-pairs.jsonl, binary.jsonl and scores.jsonl, with own_model.py's field names; mixed.jsonl, of a third
-of the responses each, as una-mixed has them; and toy.json: seed, judged, level and beta.
+write and compare take train.py's flags. To compare needs requirements-trl.txt and an hour on two
+cores, and goes on if it was stopped.
 
-Prompts and completions are lists of token ids, to be taken as they are. A completion ends with
-end-of-text, or was cut off after its fourth word: then there is none, and none may be appended.
-Pairs of two identical responses are left out, as train.py leaves them out.
-A policy is any GPT-2 of the reference's shape. Lost is the README's: 0 % is the exact optimum,
-100 % the reference. To compare takes an hour on two cores, and goes on if it was stopped.
+Written are reference, a GPT-2 and its tokenizer; pairs.jsonl, binary.jsonl and scores.jsonl, with
+own_model.py's fields; and mixed.jsonl, of a third of the responses each, as una-mixed has them.
+Prompts and completions are lists of token ids. A completion ends with end-of-text, or was cut off
+after its fourth word: then there is none, and none may be appended.
+
+A policy is any GPT-2 with these tokens. Lost is the README's: 0 % is the exact optimum on the
+training prompts, 100 % the reference.
 """
 import argparse
-import contextlib
-import copy
 import json
 import os
 import sys
@@ -28,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")     # or TRL would report each run 
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, logging
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -37,10 +34,6 @@ from lab import exact, run
 from model import GPT, GPTConfig
 
 logging.disable_progress_bar()
-# Of GPT-2 model.GPT has one variant: with another GELU a policy would be measured as another.
-SHAPE = ("model_type vocab_size n_positions n_layer n_head n_embd n_inner activation_function "
-         "layer_norm_epsilon scale_attn_weights scale_attn_by_inverse_layer_idx "
-         "tie_word_embeddings").split()
 
 
 # ---------------------------------------------------------------- the model and its tokenizer
@@ -62,10 +55,13 @@ def to_transformers(gpt):
 
 
 def from_transformers(hf):
-    """A GPT2LMHeadModel of the toy's options as a model.GPT with the same logits; copied."""
-    of = hf.config
+    """A GPT2LMHeadModel as a model.GPT with the same logits; copied. ValueError if there is none:
+    of GPT-2's options, such as the activation function, model.GPT has one variant."""
+    of, prompts = hf.config, data.encode_prompts(data.PROMPTS)
     gpt = GPT(GPTConfig(of.vocab_size, of.n_positions, of.n_layer, of.n_head, of.n_embd))
     gpt.load_state_dict(transposed(hf.transformer.state_dict()))
+    if not torch.allclose(gpt(prompts), hf(prompts).logits, rtol=0, atol=1e-4):
+        raise ValueError("this GPT-2 has other options than the reference")
     return gpt.requires_grad_(False)
 
 
@@ -84,199 +80,163 @@ def tokenizer():
                                    pad_token=end, clean_up_tokenization_spaces=False)
 
 
-# ---------------------------------------------------------------- write
-def rows_of(feedback):
-    """{kind: its rows}: what data.Feedback says, as the objects of the JSONL files."""
-    x = feedback.tokens[:, :data.PROMPT_TOKENS].tolist()
-    y = [tokens[mask].tolist() for tokens, mask in zip(feedback.tokens, feedback.mask)]
-    pairs = [dict(prompt=x[chosen], chosen=y[chosen], rejected=y[rejected])
-             for chosen, rejected in feedback.pairs.tolist()]
-    binary = [dict(prompt=x[i], completion=y[i], label=label)
-              for i, label in enumerate(feedback.labels.bool().tolist())]
-    scores = [dict(prompt=x[i], completion=y[i], score=score)
-              for i, score in enumerate(feedback.scores.tolist())]
-    of_labels, of_scores = data.thirds(len(x))
-    of_pairs = int((feedback.pairs[:, 1] < of_labels).sum())
-    mixed = pairs[:of_pairs] + binary[of_labels:of_scores] + scores[of_scores:]
-    return dict(pairs=pairs, binary=binary, scores=scores, mixed=mixed)
-
-
+# ---------------------------------------------------------------- write, evaluate
 def write(folder, settings):
-    """Trains the reference of settings.seed, collects its feedback, and writes all into folder."""
+    """Trains the reference of settings.seed, collects its feedback, and writes both."""
     reference = train.train_reference(settings, settings.seed)
     to_transformers(reference).save_pretrained(folder / "reference")
     tokenizer().save_pretrained(folder / "reference")
     feedback = train.collect_feedback(settings, settings.seed, reference)
-    for kind, rows in rows_of(feedback).items():
+    x = feedback.tokens[:, :data.PROMPT_TOKENS].tolist()
+    y = [tokens[mask].tolist() for tokens, mask in zip(feedback.tokens, feedback.mask)]
+    binary = [dict(prompt=prompt, completion=completion, label=label)
+              for prompt, completion, label in zip(x, y, feedback.labels.bool().tolist())]
+    scores = [dict(prompt=prompt, completion=completion, score=score)
+              for prompt, completion, score in zip(x, y, feedback.scores.tolist())]
+    pairs = [dict(prompt=x[chosen], chosen=y[chosen], rejected=y[rejected])
+             for chosen, rejected in feedback.pairs.tolist()]
+    of_labels, of_scores = data.thirds(len(x))
+    of_pairs = (feedback.pairs[:, 1] < of_labels).sum().item()
+    mixed = pairs[:of_pairs] + binary[of_labels:of_scores] + scores[of_scores:]
+    for kind, rows in dict(pairs=pairs, binary=binary, scores=scores, mixed=mixed).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
-    names = "seed", "judged", "level", "beta"
-    run.write_json(folder / "toy.json", {name: getattr(settings, name) for name in names})
-
-
-def read(path):
-    """The object of a JSON file, or those of a JSONL file."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
+    run.write_json(folder / "toy.json", dict(beta=settings.beta, level=settings.level))
 
 
 def evaluate(folder, policy_folder):
-    """{"train": figures, "heldout": figures} of a policy, as exact.evaluate has them."""
-    toy, folders = read(folder / "toy.json"), (folder / "reference", policy_folder)
-    (policy_folder / "config.json").stat()       # or transformers would look for it elsewhere
-    configs = [*map(AutoConfig.from_pretrained, folders)]
-    for name in SHAPE:
-        ours, theirs = (getattr(config, name, None) for config in configs)
-        if theirs != ours:
-            raise ValueError(f"{policy_folder}: {name} is {theirs}, the reference's is {ours}")
-    reference, policy = (from_transformers(GPT2LMHeadModel.from_pretrained(
-        path, dtype=torch.float32)) for path in folders)
-    worlds = ((split, exact.World(reference, prompts, toy["beta"], toy["level"])) for split, prompts
-              in (("train", data.TRAIN_PROMPTS), ("heldout", data.HELDOUT_PROMPTS)))
-    return {split: exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
-            for split, world in worlds}
+    """What a policy reaches on the training prompts: exact.evaluate's figures."""
+    toy = run.read_json(folder / "toy.json")
+    reference, policy = (
+        from_transformers(GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32))
+        for path in (folder / "reference", policy_folder))
+    world = exact.World(reference, data.TRAIN_PROMPTS, toy["beta"], toy["level"])
+    return exact.evaluate(world, exact.policy_logprobs(policy, world.prompts))
 
 
-# ---------------------------------------------------------------- trl
-def judge(prompts, completions):
-    """The toy's judge as examples/online.py calls it. A level would drop out: no method below
+# ---------------------------------------------------------------- other trainers
+def stored_feedback(method, folder, settings):
+    """The file that a method learns from, its rows, and how many of them train.py's batches have:
+    of pairs no more than half the responses, since those of two identical ones are left out."""
+    path = folder / f"{train.METHODS[method].feedback}.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return path, rows, round(settings.batch * len(rows) / settings.judged)
+
+
+def common_flags(method, size, out, settings):
+    """train.py's settings, by the names that TRL and own_model.py have for them."""
+    of = train.METHODS[method]
+    return dict(output_dir=str(out), seed=settings.seed, max_steps=settings.steps,
+                per_device_train_batch_size=size, beta=of.beta_multiple * settings.beta,
+                learning_rate=of.learning_rate, adam_beta2=0.99, max_grad_norm=1.0,
+                use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True)
+
+
+def judge(prompts, completions, **_):
+    """The toy's judge, as TRL and online.py call it. A level would drop out: no method below
     compares responses to different prompts."""
-    words = tokenizer()
-    rows = [ids + [data.EOT] * (data.MAX_TOKENS - len(ids)) for ids in words(completions).input_ids]
-    return data.reward(data.encode_prompts(prompts), torch.tensor(rows)).tolist()
+    tokens = tokenizer()(completions, padding="max_length", max_length=data.MAX_TOKENS,
+                         return_tensors="pt").input_ids
+    return data.reward(data.encode_prompts(prompts), tokens).tolist()
 
 
-def trl_trainer(folder, method, out, settings, learning_rate=None, beta=None):
-    """TRL's trainer of a method of TRL or, for una-online, that of online.py. All but the loss is
-    as in train.py: the same batches in the same order, or as many fresh samples of each prompt,
-    Adam without weight decay, the gradient cut to norm 1, two ramps of the learning rate, float32,
-    no dropout; learning rate and the loss's beta too, if none are given.
-
-    KTO's z_0 is not quite train.py's. Both are the mean log pi/pi_ref of as many mismatched
-    responses as a batch has, and at least 0. TRL gives each prompt the response in front of it in
-    the batch, which answers the same prompt one time in twelve; train.py's always answer another.
-    GRPO is the paper's: TRL's default multiplies k3 by the ratio, which changes its gradient.
-    """
+def trl_trainer(method, folder, out, settings):
+    """TRL's trainer of a method or, for una-online, online.py's. All but the loss is train.py's:
+    the batches and their order, or as many fresh samples of each prompt; Adam and its learning rate
+    at each step; float32, no dropout."""
     import online
     import trl
     from datasets import Dataset
 
-    toy, of, steps = read(folder / "toy.json"), train.METHODS[method], settings.steps
-    words = PreTrainedTokenizerFast.from_pretrained(folder / "reference")
-    if of.feedback == "fresh":
-        size, texts = settings.batch, [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS]
-        options = dict(num_generations=size // len(texts), shuffle_dataset=False,
+    steps = settings.steps
+    if train.METHODS[method].feedback == "fresh":
+        rows, size = [dict(prompt=prompt) for prompt in data.TRAIN_PROMPTS], settings.batch
+        options = dict(num_generations=size // len(rows), shuffle_dataset=False,
                        max_completion_length=data.MAX_TOKENS)
-        options |= dict(grpo=dict(loss_type="grpo", use_bias_correction_kl=False), rloo={}).get(
-            method, dict(scale_rewards="none"))
-        judges = dict(reward_funcs=online.reward_function(judge, "the toy's"))
+        judges = dict(reward_funcs=judge)
     else:
-        rows = read(folder / f"{of.feedback}.jsonl")
-        # Pairs of two identical responses are left out: so a batch has no more than batch / 2.
-        size = min(len(rows), max(1, round(settings.batch * len(rows) / toy["judged"])))
+        _, rows, size = stored_feedback(method, folder, settings)
         batches = data.shuffled(torch.arange(len(rows)), size,   # as in data.stored_batches
                                 torch.Generator().manual_seed(settings.seed))
-        texts = [{name: words.decode(part) if isinstance(part, list) else part
-                  for name, part in rows[i].items()}
-                 for _, batch in zip(range(steps), batches) for i in batch.tolist()]
-        # They are shuffled already. TRL takes texts, and appends end-of-text to those without it:
-        # to responses that were cut off. There it is one token too many, and is cut off again.
+        # TRL takes texts, and appends end-of-text to those without: to responses that were cut off.
+        # There it is one token too many, and is cut off again.
+        rows = [{name: data.ENCODING.decode(part) if isinstance(part, list) else part
+                 for name, part in rows[i].items()}
+                for _, batch in zip(range(steps), batches) for i in batch.tolist()]
         options = dict(train_sampling_strategy="sequential", precompute_ref_log_probs=True,
                        max_length=data.PROMPT_TOKENS + data.MAX_TOKENS)
         judges = {}
-    config, trainer = {"una-online": (trl.GRPOConfig, online.UNATrainer)}.get(method) or (
-        getattr(trl, f"{method.upper()}{part}") for part in ("Config", "Trainer"))
-    model = GPT2LMHeadModel.from_pretrained(folder / "reference", dtype=torch.float32)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate or of.learning_rate,
-                                 betas=(0.9, 0.99), fused=True)
-    ramps = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (      # as train.descend's
-        min(1.0, (done + 1) / (0.05 * steps)) * (1 - done / steps)))
-    args = config(
-        output_dir=str(out), seed=settings.seed, beta=beta or of.beta_multiple * toy["beta"],
-        max_steps=steps, per_device_train_batch_size=size, max_grad_norm=1.0,
-        bf16=False, activation_checkpointing=False, use_cpu=True,  # TRL's defaults: the opposite
-        report_to="none", save_strategy="no", **options)
-    return trainer(model=model, args=args, train_dataset=Dataset.from_list(texts),
-                   processing_class=words, optimizers=(optimizer, ramps), **judges)
+    config, of_trl, more = {
+        "dpo": (trl.DPOConfig, trl.DPOTrainer, {}),
+        "kto": (trl.KTOConfig, trl.KTOTrainer, {}),
+        "rloo": (trl.RLOOConfig, trl.RLOOTrainer, {}),
+        "grpo": (trl.GRPOConfig, trl.GRPOTrainer,                # the paper's, not TRL's default
+                 dict(loss_type="grpo", use_bias_correction_kl=False)),
+        "una-online": (trl.GRPOConfig, online.UNATrainer, dict(scale_rewards="none"))}[method]
+    args = config(**common_flags(method, size, out, settings), **options, **more,
+                  bf16=False, activation_checkpointing=False)    # TRL's defaults: the opposite
+    trainer = of_trl(
+        GPT2LMHeadModel.from_pretrained(folder / "reference", dtype=torch.float32),
+        args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(), **judges)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(    # as train.descend's
+        trainer.create_optimizer(),                              # AdamW; its weight decay is 0
+        lambda done: min(1.0, (done + 1) / (0.05 * steps)) * (1 - done / steps))
+    return trainer
 
 
-def train_by_trl(folder, method, out, *how):
-    trainer = trl_trainer(folder, method, out, *how)
-    trainer.train()
-    trainer.model.save_pretrained(out)
+def train_by_own_model(method, folder, out, settings):
+    """Batches and learning rate are the Trainer's own. The batches are shuffled otherwise, and the
+    rate's two ramps follow one another, where train.py multiplies them."""
+    import own_model
+
+    path, _, size = stored_feedback(method, folder, settings)
+    flags = common_flags(method, size, out, settings) | dict(
+        model=folder / "reference", data=path, heldout=0, per_device_eval_batch_size=1024,
+        warmup_steps=settings.steps // 20)
+    more = {"una-binary-bce": ["--g=bce"], "una-score-estimated": ["--offset=ramped"]}
+    own_model.main([f"--{name}={value}" for name, value in flags.items()] + more.get(method, []))
 
 
 # ---------------------------------------------------------------- compare
-# All settings are the same, but own_model.py has the Trainer's own batches and schedule: shuffled
-# otherwise, and the rate's two ramps one after the other, where train.py multiplies them.
-TRL = ("dpo", "kto", "grpo", "rloo")
-OWN = {"dpo": [], "una-binary-bce": ["--g=bce"], "una-score": [],    # and flags of own_model.py
-       "una-score-estimated": ["--offset=ramped"], "una-mixed": []}
-BY = {"train.py": ["dpo"], "TRL": TRL, "online.py": ["una-online"], "own_model.py": OWN}
+BY = {"train.py": ["dpo", "kto", "una-binary-bce", "una-score", "una-score-estimated", "una-mixed",
+                   "una-online", "rloo", "grpo"],
+      "own_model.py": ["dpo", "una-binary-bce", "una-score", "una-score-estimated", "una-mixed"],
+      "online.py": ["una-online"],
+      "TRL": ["dpo", "kto", "rloo", "grpo"]}
 
 
-def train_by_own_model(folder, method, out, settings):
-    import own_model
-
-    toy, of = read(folder / "toy.json"), train.METHODS[method]
-    path = folder / f"{of.feedback}.jsonl"
-    flags = dict(
-        model=folder / "reference", data=path, output_dir=out, heldout=0, seed=settings.seed,
-        beta=of.beta_multiple * toy["beta"], learning_rate=of.learning_rate, anchor=of.anchor,
-        adam_beta2=0.99,
-        per_device_train_batch_size=round(settings.batch * len(read(path)) / toy["judged"]),
-        per_device_eval_batch_size=1024, max_steps=settings.steps, lr_scheduler_type="linear",
-        warmup_steps=settings.steps // 20, save_strategy="no", use_cpu=True, report_to="none")
-    own_model.main([*OWN[method], *(f"--{name}={value}" for name, value in flags.items())])
-
-
-def runs_by(by, method, folder, settings):
-    """[(by, method, figures)] of a run of own_model.py or TRL; what they say is in a file. Of
-    train.py all runs of a seed: they share its reference and feedback."""
+def figures_of(by, method, folder, settings):
+    """One run, and exact.evaluate's figures of where it ended."""
     if by == "train.py":
-        return runs_by_train_py(settings)
+        shared, *_ = train.prepare(settings, settings.seed)
+        return train.run_method(settings, settings.seed, method, shared)["train"]
     out = folder / f"{by}-{method}"
-    with (open(f"{out}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log),
-          contextlib.redirect_stderr(log)):
-        (train_by_own_model if by == "own_model.py" else train_by_trl)(
-            folder, method, out, settings)
-        return [(by, method, evaluate(folder, out)["train"])]
-
-
-def runs_by_train_py(settings):
-    """Beside each method's run those of dpo from first weights that differ by 1e-7 of themselves:
-    how far does rounding carry?"""
-    shared, *_ = train.prepare(settings, settings.seed)
-    runs = [("train.py", method, shared) for method in settings.methods]
-    for number in (1, 2, 3):
-        noisy, generator = copy.copy(shared), torch.Generator().manual_seed(number)
-        noisy.reference = copy.deepcopy(shared.reference)
-        for part in noisy.reference.parameters():
-            part *= 1 + 1e-7 * torch.randn(part.shape, generator=generator)
-        runs.append(("train.py, noise", "dpo", noisy))
-    return [(by, method, train.run_method(settings, settings.seed, method, on)["train"])
-            for by, method, on in runs]
+    if by == "own_model.py":
+        train_by_own_model(method, folder, out, settings)
+    else:
+        trainer = trl_trainer(method, folder, out, settings)
+        trainer.train()
+        trainer.save_model()
+    return evaluate(folder, out)
 
 
 def compare(folder, settings):
     """Writes on_the_toy.json, anew after each run. What it has already is not run again."""
     path = folder / "on_the_toy.json"
-    told = read(path) if path.exists() else dict(versions=run.versions(), runs=[])
-    done = [(row["by"], row["method"], row["seed"]) for row in told["runs"]]
-    toys = [(write, folder / f"seed-{seed}", argparse.Namespace(**vars(settings) | dict(seed=seed)))
-            for seed in range(settings.seed, settings.seed + settings.seeds)]
-    for (_, toy, _), _ in run.side_by_side(
-            [call for call in toys if not (call[1] / "toy.json").exists()], settings.jobs):
-        run.say(f"{toy}: written")
-    calls = [(runs_by, by, method, toy, of)
-             for by, methods in BY.items() for method in methods
-             for _, toy, of in toys if (by, method, of.seed) not in done]
-    for (*_, of), ended in run.side_by_side(calls, settings.jobs):
-        told["runs"] += [dict(seed=of.seed, by=by, method=method, **{
-            name: reached[name] for name in ("kl", "lost")}) for by, method, reached in ended]
-        told["runs"].sort(key=lambda row: (row["by"], row["seed"], row["method"]))
-        run.write_json(path, told)
-        run.say(f"{path}: {len(told['runs'])} runs")
+    told = run.read_json(path) if path.exists() else dict(versions=run.versions(), runs=[])
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        toy, of = folder / f"seed-{seed}", argparse.Namespace(**vars(settings) | dict(seed=seed))
+        if not (toy / "toy.json").exists():
+            write(toy, of)
+        done = [(row["by"], row["method"]) for row in told["runs"] if row["seed"] == seed]
+        calls = [(figures_of, by, method, toy, of) for by, methods in BY.items()
+                 for method in methods if (by, method) not in done]
+        for (_, by, method, *_), reached in run.side_by_side(calls, settings.jobs):
+            figures = dict(kl=reached["kl"], lost=reached["lost"])
+            told["runs"].append(dict(seed=seed, by=by, method=method, **figures))
+            told["runs"].sort(key=lambda row: (row["by"], row["seed"], row["method"]))
+            run.write_json(path, told)
+            run.say(f"{path}: {len(told['runs'])} runs")
 
 
 # ---------------------------------------------------------------- the commands
@@ -284,34 +244,17 @@ def main(arguments=None):
     parser = run.Parser("on_the_toy.py", description=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("write", "evaluate", "trl", "compare"):
+    for name in ("write", "evaluate", "compare"):
         commands.add_parser(name).add_argument("folder", metavar="DIR", type=Path)
     commands.choices["evaluate"].add_argument("policy", metavar="FOLDER", type=Path)
-    trl = commands.choices["trl"]
-    trl.add_argument("--method", choices=[*TRL, "una-online"], required=True)
-    trl.add_argument("--out", metavar="FOLDER", type=Path, required=True)
-    for name in ("--learning_rate", "--beta"):
-        trl.add_argument(name, type=float, help="[as in train.py's METHODS]")
     args, flags = parser.parse_known_args(arguments)
-    seeds = ["--seed", "1", "--seeds", "3"] if args.command == "compare" else []
-    methods = ",".join(dict.fromkeys([*OWN, *TRL, "una-online"]))
-    settings = train.parse([*seeds, *flags, "--methods", methods, "--device", "cpu", "--out", ""])
+    settings = train.parse([*flags, "--device", "cpu", "--out", ""])
     torch.set_num_threads(1)                                     # as in train.py: the same figures
-    try:
-        if args.command == "write":
-            write(args.folder, settings)
-        elif args.command == "evaluate":
-            lines = ["            reward       KL        J      lost"] + [
-                "{:<9}{reward:9.3f}{kl:z9.3f}{objective:9.3f}{lost:z10.2%}".format(split, **of)
-                for split, of in evaluate(args.folder, args.policy).items()]
-            print("\n".join(lines))
-        elif args.command == "trl":
-            how = settings, args.learning_rate, args.beta
-            train_by_trl(args.folder, args.method, args.out, *how)
-        else:
-            compare(args.folder, settings)
-    except (OSError, ValueError, FloatingPointError) as error:
-        parser.error(str(error).splitlines()[0])
+    if args.command == "evaluate":
+        print("reward {reward:.3f}, KL {kl:z.3f}, J {objective:.3f}, lost {lost:z.2%}".format(
+            **evaluate(args.folder, args.policy)))
+    else:
+        dict(write=write, compare=compare)[args.command](args.folder, settings)
 
 
 if __name__ == "__main__":
