@@ -250,11 +250,14 @@ def main(arguments=None):
     args, flags = parser.parse_known_args(arguments)
     settings = train.parse([*flags, "--device", "cpu", "--out", ""])
     torch.set_num_threads(1)                                     # as in train.py: the same figures
-    if args.command == "evaluate":
-        print("reward {reward:.3f}, KL {kl:z.3f}, J {objective:.3f}, lost {lost:z.2%}".format(
-            **evaluate(args.folder, args.policy)))
-    else:
-        dict(write=write, compare=compare)[args.command](args.folder, settings)
+    try:
+        if args.command == "evaluate":
+            print("reward {reward:.3f}, KL {kl:z.3f}, J {objective:.3f}, lost {lost:z.2%}".format(
+                **evaluate(args.folder, args.policy)))
+        else:
+            dict(write=write, compare=compare)[args.command](args.folder, settings)
+    except (OSError, ValueError) as error:                       # a folder is not there, or another
+        parser.error(f"{args.folder}: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ def test_a_policy_is_measured_as_train_py_measures_it_or_not_at_all(exported, tm
     other = GPT2LMHeadModel.from_pretrained(tmp_path, activation_function="gelu")
     with pytest.raises(ValueError, match="other options"):
         toy.from_transformers(other)
+    with pytest.raises(SystemExit, match="^2$"):
+        toy.main(["evaluate", str(tmp_path), str(tmp_path)])
+    assert re.fullmatch("on_the_toy.py: .*toy.json'\n", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- TRL
