@@ -36,14 +36,14 @@ def line(run):
                        f"lost {lost(run):.1%}", f"{run['seconds']:.1f} s"])
 
 
-COLUMNS = {"reward": "{:z.3f}", "KL": "{:z.3f}", "J": "{:z.3f}", "lost =": "{:z.2%}",
-           "judged +": "{:z.2%}", "unjudged": "{:z.2%}", "held-out": "{:z.2%}", "seconds": "{:.1f}"}
+COLUMNS = {"reward": "{:z.3f}", "KL": "{:z.3f}", "J": "{:z.3f}", "lost": "{:z.2%}",
+           "judged": "{:z.2%}", "unjudged": "{:z.2%}", "held-out": "{:z.2%}", "seconds": "{:.1f}"}
 
 
 def table(results):
     """A line for each method: medians over the seeds that ended, and the range of what was lost if
     there are several. All figures are of the training prompts but the lost share of the others.
-    lost = judged + unjudged, exact.lost_parts's."""
+    Of one seed lost is judged + unjudged, exact.lost_parts's."""
     def cells(entry):
         reached = entry["train"]
         return [*(reached.get(name, math.nan) for name in (
@@ -92,8 +92,8 @@ def samples(results):
 
 LEGEND = """\
 lost: the share of the possible gain in J = reward - beta KL that is missed. 0% is the best policy,
-100% the reference; more is worse than no training. judged: lost on the responses that the method
-learned from; unjudged: on all others, where nobody looked. held-out: prompts without feedback."""
+100% the reference; more is worse than no training. It has two parts, judged: lost on the responses
+that the method learned from; unjudged: on all others. held-out: prompts without feedback."""
 
 
 def report(results):

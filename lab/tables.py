@@ -116,6 +116,11 @@ def medians(runs, *of):
     return [percent(median(parts(runs, part)), ".2g") for part in of]
 
 
+def lost_and_parts(runs):
+    """Two cells: what was lost, and the medians of its two parts."""
+    return [shares(lost(runs)), " + ".join(medians(runs, "judged", "unjudged")) if runs else "–"]
+
+
 def bad(shares):
     """How many ended below the reference, or in no numbers."""
     return f"{sum(share > 1 for share in shares)} of {len(shares)}"
@@ -157,12 +162,6 @@ def sooner(ours, theirs):
             verdict([a - b for a, b in zip(ours, theirs)], VERDICTS)]
 
 
-def correlation(xs, ys):
-    """Of the ranks of two lists."""
-    ranks = [np.argsort(np.argsort(values)) for values in (xs, ys)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 # ---------------------------------------------------------------- stored.json
 # A table is a list of rows, the heading first, and a row of cells.
 OFFSETS = (
@@ -175,29 +174,27 @@ OFFSETS = (
     ("… learned, from 0", "una-binary-bce, from zero", {}),
     ("… learned, from where it is balanced: `una-binary-learned`", "una-binary-learned", {}),
     ("… the exact β log Z(x), at once", "una-binary-bce, exact", dict(ramp=0)),
-    ("… the exact β log Z(x), by the path", "una-binary-bce, exact", dict(ramp=0.5)))
+    ("… the exact β log Z(x), by the path", "una-binary-bce, exact", dict(ramp=0.5)),
+    ("… and for each label its chance of 1", "una-binary-bce, exact", dict(loss="chances")))
 
 
 def stored_tables(stored):
     kinds = [["method", "lost", "above 100 %", "judged", "unjudged", "mass unjudged", "held-out"]]
-    masses = [["mass", *BROKEN, "wrong noun", "held-out: breaks the grammar", "mean log π/π_ref",
-               "its rank with unjudged"]]
+    masses = [["mass", *BROKEN, "wrong noun", "held-out: breaks the grammar"]]
     for name in STORED:
         runs = reported(stored, name)
         kinds.append([code(name), shares(lost(runs)), bad(lost(runs)),
                       *medians(runs, "judged", "unjudged", "unjudged_mass"),
                       shares([run["heldout"]["lost"] for run in runs if "diverged" not in run])])
         runs = [run for run in runs if "diverged" not in run]
-        rho = [run["mean_rho"] for run in runs]
         broken = [sum(run["heldout"]["mass"][kind] for kind in BROKEN) for run in runs]
         masses.append([code(name), *(shares([run["train"]["mass"][kind] for run in runs])
-                                     for kind in (*BROKEN, "wrong noun")), shares(broken),
-                       ranged(rho), number(correlation(rho, parts(runs, "unjudged")), ".2f")])
-    paths = [["f(x) + c", "one level: lost", "a level for each noun: lost", "off β log Z by"]]
+                                     for kind in (*BROKEN, "wrong noun")), shares(broken)])
+    paths = [["f(x) + c", "level 0: lost", "judged + unjudged", "level 1: lost", "off β log Z by"]]
     for words, name, fields in OFFSETS:
         both = [reported(stored, name, level, **fields) for level in (0.0, 1.0)]
         errors = [[run["offset_error"] for run in runs if "offset_error" in run] for runs in both]
-        paths.append([words, *(shares(lost(runs)) for runs in both),
+        paths.append([words, *lost_and_parts(both[0]), shares(lost(both[1])),
                       " · ".join(number(median(of), ".2g") for of in errors if of) or "–"])
     return dict(stored=kinds, masses=masses, paths=paths, stored_grids=grids(stored))
 
@@ -336,14 +333,9 @@ def at_size(told, name, size, **fields):
             or reported(told["stored"], name, level, judged=size, **fields))
 
 
-def lost_and_parts(runs):
-    """Two cells: what was lost, and the medians of its two parts."""
-    return [shares(lost(runs)), " + ".join(medians(runs, "judged", "unjudged")) if runs else "–"]
-
-
 def budget_tables(told):
     sizes = [["lost", *(words for size in SIZES for words in (
-        f"from {size:,}", "= judged + unjudged"))]]
+        f"from {size:,}", "judged + unjudged"))]]
     sizes += [[words, *(cell for size in SIZES
                         for cell in lost_and_parts(at_size(told, name, size, **fields)))]
               for words, name, fields in BUDGET]
@@ -351,7 +343,7 @@ def budget_tables(told):
     for words, name, fields in OTHER_CELLS:
         runs = reported(told["budget"], name, **fields)
         cells.append([words, cell_text(runs[0]["cell"]), *lost_and_parts(runs)])
-    models = [["pairs", "its optimum: lost by the judge", "= judged + unjudged",
+    models = [["pairs", "its optimum: lost by the judge", "judged + unjudged",
                "reward gained, by the model", "by the judge", "`dpo` on the same pairs"]]
     for size in SIZES:
         (best,) = pick(told["budget"]["tuning"], method="reward model", judged=size, best=True)
@@ -384,8 +376,7 @@ def tables(told):
     made = dict(claims=claims_table(told)) | stored_tables(told["stored"])
     made |= online_tables(told["online"]) | budget_tables(told)
     return {name: "\n".join(f"| {' | '.join(row)} |" for row in [
-        rows[0], ["---"] * len(rows[0]), *rows[1:]]) for name, rows in made.items()} | dict(
-            full=f"```\n{figures.table(told['main'])}\n```")
+        rows[0], ["---"] * len(rows[0]), *rows[1:]]) for name, rows in made.items()}
 
 
 def filled(page, texts):

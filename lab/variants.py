@@ -23,6 +23,11 @@ def una_online_own(policy, batch, beta):
     return una.una_reward_loss(reward + offset, batch.rewards)
 
 
+def una_binary_chances(policy, batch, beta):
+    """Eq. 12 without the noise of labels: each label's chance of 1, a score, in its place."""
+    return una.una_score_loss(train.implicit_reward(policy, batch, beta), batch.scores, g="bce")
+
+
 def rloo_weighted(policy, batch, beta):
     """train.rloo, stored responses weighed by pi/pi_ref: in the mean they stand for fresh ones."""
     rho = train.logprob_in_chunks(policy, batch.tokens, batch.mask) - batch.ref_logprob
@@ -47,7 +52,8 @@ def grpo_undivided(k):
     return loss
 
 
-LOSSES = {"own mean": una_online_own, "weighted rloo": rloo_weighted, "weighted ppo": ppo_weighted,
+LOSSES = {"own mean": una_online_own, "chances": una_binary_chances,
+          "weighted rloo": rloo_weighted, "weighted ppo": ppo_weighted,
           "undivided": grpo_undivided(3), "undivided, k2": grpo_undivided(2)}
 
 
