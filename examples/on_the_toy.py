@@ -211,7 +211,7 @@ def train_by_trl(folder, method, out, *how):
 # otherwise, and the rate's two ramps one after the other, where train.py multiplies them.
 TRL = ("dpo", "kto", "grpo", "rloo")
 OWN = {"dpo": [], "una-binary-bce": ["--g=bce"], "una-score": [],    # and flags of own_model.py
-       "una-score-estimated": ["--offset=ramped"], "una-mixed": []}
+       "una-score-estimated": ["--offset=estimated"], "una-mixed": []}
 BY = {"train.py": ["dpo"], "TRL": TRL, "online.py": ["una-online"], "own_model.py": OWN}
 
 
