@@ -6,8 +6,7 @@
 Needs requirements-trl.txt. A line of the prompts is {"prompt": ...}, a string or messages for the
 chat template. judge(prompts, completions) is given two lists, completions as strings, and returns
 as many rewards, in the unit of beta. Flags are the fields of Settings, below, and those of TRL's
-GRPOConfig. All weights are trained, in float32; with --lora R a low-rank W + BA. At first rho =
-log pi/pi_ref must be 0, or the run ends.
+GRPOConfig. At first rho = log pi/pi_ref must be 0, or the run ends.
 """
 import math
 import os
@@ -87,11 +86,9 @@ def reward_function(judge, name):
     return rewards
 
 
-def prompt_of(row, tokenizer, room):
-    """What a line becomes."""
-    count = len(own_model.encode(row["prompt"], tokenizer, answered=False))
-    if not 0 < count <= room:
-        raise ValueError(f"it has {count} tokens: 1 to {room} fit")
+def prompt_of(row, tokenizer):
+    """What a line becomes. Where TRL could not read it, the line is named here."""
+    own_model.encode(row["prompt"], tokenizer, answered=False)
     return dict(prompt=row["prompt"])
 
 
@@ -108,9 +105,7 @@ def main(arguments=None):
     with reading(f"--model {args.model}"):
         tokenizer, model = own_model.load(args)
     with reading(f"--prompts {args.prompts}"):
-        room = getattr(model.config, "max_position_embeddings", math.inf)
-        rows = own_model.read_lines(args.prompts, prompt_of, tokenizer,
-                                    room - args.max_completion_length)
+        rows = own_model.read_lines(args.prompts, prompt_of, tokenizer)
         if len(rows) < (of_a_step := args.generation_batch_size // args.num_generations):
             raise ValueError(f"a step takes {of_a_step} prompts, and there are {len(rows)}")
     trainer = UNATrainer(model, judge, args, Dataset.from_list(rows), processing_class=tokenizer)

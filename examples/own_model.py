@@ -99,8 +99,7 @@ def encode(text, tokenizer, answered):
     if form(text) == {dict}:
         return tokenizer.apply_chat_template(text, add_generation_prompt=not answered,
                                              return_dict=False)
-    # A tokenizer may open a text, unless it begins so already, but must not close it: a prompt
-    # goes on, and a completion is closed in item_of.
+    # A tokenizer may open a text, unless it begins so already, but must not close it.
     ids, opening = tokenizer.encode(text, add_special_tokens=False), [tokenizer.bos_token_id]
     return opening + ids if tokenizer.encode("")[:1] == opening != ids[:1] else ids
 
@@ -130,7 +129,7 @@ def item_of(row, tokenizer, vocabulary, max_length):
     if len(asked) + max(map(len, completions)) > max_length:
         return None
     return dict(whole_prompt=tuple(alone), prompt=asked, completions=completions, kind=kind,
-                given=given, first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0], real=True)
+                given=given, first_offset=0.0, offset=0.0, ref_logprob=[0.0, 0.0])
 
 
 def read_lines(path, made_of, *more):
@@ -155,9 +154,10 @@ def estimate_offsets(items, beta):
     for own in of_prompts.values():
         scores = torch.tensor([item["given"] for item in own if item["kind"] == SCORE]).double()
         if len(scores) > 1:             # of one score the estimate would be that score
+            offsets = dict(first_offset=scores.mean().logit(1e-4).item(),
+                           offset=una.estimated_offset(scores.logit(1e-4), beta).item())
             for item in own:
-                item["first_offset"] = scores.mean().logit(1e-4).item()
-                item["offset"] = una.estimated_offset(scores.logit(1e-4), beta).item()
+                item.update(offsets)
 
 
 def split(items, share):
@@ -176,7 +176,7 @@ def collate(items):
     rows += [(item["prompt"], item["completions"][1]) for item in items if item["kind"] == PAIR]
     tokens = [torch.tensor(x + y) for x, y in rows]
     response = [torch.tensor([False] * len(x) + [True] * len(y)) for x, y in rows]
-    names = "kind", "given", "first_offset", "offset", "ref_logprob", "real"
+    names = "kind", "given", "first_offset", "offset", "ref_logprob"
     return dict({name: torch.tensor([item[name] for item in items]) for name in names},
                 input_ids=pad_sequence(tokens, batch_first=True),
                 attention_mask=pad_sequence([*map(torch.ones_like, tokens)], batch_first=True),
@@ -212,8 +212,7 @@ def joined(parts):
 def measure(facts):
     """{name: mean} of outcomes, as far as there are any. What has the label 1 or 0 is chosen or
     rejected too. kl_ref_policy, the mean of -rho, estimates KL(pi_ref || pi) where the reference
-    wrote the completions: without bias on held-out prompts, and at times below 0. Far above 0 it
-    is a warning: probability has left what was judged."""
+    wrote the completions. Far above 0 it warns: probability has left what was judged."""
     kind, given, loss, rho = (facts[name] for name in ("kind", "given", "loss", "rho"))
     pair, label, score = kind == PAIR, kind == LABEL, kind == SCORE
     first, second = facts["reward"].unbind(1)
@@ -229,28 +228,24 @@ def measure(facts):
 # ---------------------------------------------------------------- the trainer
 class UNATrainer(transformers.Trainer):
     """The loss of a step is one mean over its items, however they are cut. Micro-batches add up and
-    DDP averages processes, so each micro-batch gives its sum x processes / items. If one of them
-    lacks a full batch, accelerate would repeat items: copies stand there, which do not count."""
+    DDP averages processes, so each micro-batch gives its sum x processes / items."""
     loss_is_scaled_for_ga = True        # or the Trainer might divide by the micro-batches as well
 
-    def __init__(self, args, train_dataset, **options):
-        lacking = -len(train_dataset) % (args.train_batch_size * args.world_size)
-        copies = [dict(train_dataset[0], real=False)] * (lacking if args.world_size > 1 else 0)
-        super().__init__(args=args, train_dataset=train_dataset + copies, data_collator=collate,
-                         **options)
+    def __init__(self, **options):
+        super().__init__(data_collator=collate, **options)
         self.seen = []                  # the outcomes since the last log
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and the number of its items in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, self.accelerator.gather(sum(batch["real"].sum() for batch in batches)).sum()
+        count = torch.tensor(sum(len(batch["kind"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # f(x) + c is where it ends from the first half of the steps on.
         share = min(1.0, 2 * self.state.global_step / self.state.max_steps)
         offset = torch.lerp(inputs["first_offset"], inputs["offset"], share)
         facts = outcome(model, inputs | dict(offset=offset), self.args)
-        facts = {name: part[inputs["real"]] for name, part in facts.items()}
         self.seen.append(joined([facts]))
         return facts["loss"].sum() * self.accelerator.num_processes / num_items_in_batch
 
@@ -264,12 +259,10 @@ class UNATrainer(transformers.Trainer):
     def outcomes(self, items):
         """The outcome of all items, in order, as the model is now."""
         self.model.train()              # as in training: what is random would show in rho
-        parts = []
-        for batch in self.get_test_dataloader(items):
-            with self.accelerator.autocast():
-                facts = outcome(self.model, batch, self.args)
-            parts.append(joined([self.accelerator.gather_for_metrics(facts)]))
-        return joined(parts)
+        with self.accelerator.autocast():
+            return joined([
+                self.accelerator.gather_for_metrics(outcome(self.model, batch, self.args))
+                for batch in self.get_test_dataloader(items)])
 
     def set_reference(self, items):
         """Stores the model's log-probabilities in the items. Returns outcomes, with rho = 0."""
@@ -286,9 +279,8 @@ def load(args):
     """The tokenizer, and the policy, which before training is the reference."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     config = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
-    for field, value in list(vars(config).items()):
-        if "drop" in field and type(value) is float:
-            setattr(config, field, 0.0)
+    config.update({name: 0.0 for name, value in config.to_dict().items()
+                   if "drop" in name and type(value) is float})
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, config=config, dtype="auto" if args.lora else torch.float32)
     if args.lora:
@@ -328,7 +320,7 @@ def main(arguments=None):
     if args.offset == "estimated":
         estimate_offsets(items, args.beta)
     train, held = split(items, args.heldout)
-    trainer = UNATrainer(args, train, model=model, processing_class=tokenizer)
+    trainer = UNATrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
 
     trainer.set_reference(train)
     before = measure(trainer.set_reference(held)) if held else {}

@@ -214,7 +214,6 @@ GOOD = dict(prompt="happy wind :")
     ("--model nowhere", None, "--model nowhere: "),
     ("--prompts nowhere", None, "--prompts nowhere: .*No such file"),
     ("", [{}], "line 1: b'{}': 'prompt'"),
-    ("", [dict(prompt="happy sea : sea sea sea")], "line 1: .*it has 6 tokens: 1 to 5 fit"),
     ("", [GOOD, dict(prompt=[dict(content="happy")])], "line 2: .*chat.template"),
     ("", [GOOD], "jsonl: a step takes 3 prompts, and there are 1")])
 def test_online_pys_bad_input_is_one_line(flags, lines, message, exported, tmp_path, capsys):

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -56,21 +57,17 @@ def folder(tmp_path_factory):
     return path
 
 
-def feedback(count, prompts=None):
-    """Rows of the three kinds in turn, each with a prompt of its own or with one of a few. <unk>
-    has the id that pads."""
+def feedback(count):
+    """Rows of the three kinds in turn, each with its own prompt. <unk> has the id that pads."""
     rng = random.Random(0)
 
     def words(least, most):
         return " " + " ".join(rng.choices(["<unk>", *"abcdefghijk"], k=rng.randint(least, most)))
 
-    some, rows = [words(2, 5) for _ in range(prompts or count)], []
-    for i in range(count):
-        said = [dict(chosen=words(1, 6) + " good", rejected=words(1, 4) + " bad"),
-                dict(completion=words(1, 6), label=i % 2 == 0),
-                dict(completion=words(1, 6), score=rng.random())][i % 3]
-        rows.append(dict(prompt=some[i % len(some)], **said))
-    return rows
+    return [dict(prompt=words(2, 5), **[
+        dict(chosen=words(1, 6) + " good", rejected=words(1, 4) + " bad"),
+        dict(completion=words(1, 6), label=i % 2 == 0),
+        dict(completion=words(1, 6), score=rng.random())][i % 3]) for i in range(count)]
 
 
 def flags_for(folder, rows, out, **flags):
@@ -118,25 +115,32 @@ def plain_logprob(model, prompt, completion):
     return sum(logprobs[len(prompt) + t - 1, token] for t, token in enumerate(completion))
 
 
-def written_out(policy, reference, rows, beta, g, anchor=0.0):
-    """Loss and rewards of each row, by the equations' formulas."""
-    losses, rewards = [], []
+def written_out(policy, reference, rows, beta, g="mse", anchor=0.0):
+    """{name: values} of what is measured, by the equations' formulas, row by row."""
+    told = defaultdict(list)
     for row in rows:
         answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
-        logprobs = [[plain_logprob(model, ids(row["prompt"]), ids(y) + [1]) for y in answers]
-                    for model in (policy, reference)]
-        reward = [beta * (p - ref.detach()) for p, ref in zip(*logprobs)]
-        s, given = torch.sigmoid(reward[0]), float(row.get("label", row.get("score", 0)))
+        logprobs, ref_logprobs = (
+            [plain_logprob(model, ids(row["prompt"]), ids(y) + [1]) for y in answers]
+            for model in (policy, reference))
+        rhos = [logprob - ref.detach() for logprob, ref in zip(logprobs, ref_logprobs)]
+        reward = beta * rhos[0]
         if "chosen" in row:
-            held = -(sum(logprobs[0]) - sum(logprobs[1]).detach()) / 2
-            loss = torch.log(1 + torch.exp(reward[1] - reward[0])) + anchor * held
-        elif g == "mse":
-            loss = (s - given) ** 2
+            kind, other = "pair", beta * rhos[1]
+            loss = torch.log(1 + torch.exp(other - reward)) - anchor * (rhos[0] + rhos[1]) / 2
+            told["pairs_in_order"].append(0.5 if other == reward else float(other < reward))
+            told["reward_rejected"].append(other)
         else:
-            loss = -given * torch.log(s) - (1 - given) * torch.log(1 - s)
-        losses.append(loss)
-        rewards.append(reward)
-    return losses, rewards
+            kind = "label" if "label" in row else "score"
+            s, given = torch.sigmoid(reward), float(row[kind])
+            loss = ((s - given) ** 2 if g == "mse" else
+                    -given * torch.log(s) - (1 - given) * torch.log(1 - s))
+        if kind != "score":
+            told["reward_rejected" if row.get("label") is False else "reward_chosen"].append(reward)
+        told["loss"].append(loss)
+        told[f"loss_{kind}"].append(loss)
+        told["kl_ref_policy"] += [-rho for rho in rhos]
+    return told
 
 
 def loaded(path):
@@ -162,7 +166,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_training_items_however_they_are
     run(folder, rows, tmp_path / "out", heldout=0.3, max_steps=1, learning_rate=1, g=g,
         anchor=anchor, per_device_train_batch_size=batch, gradient_accumulation_steps=micro_batches)
     policy, step = loaded(folder), moves(tmp_path / "out", folder)
-    losses, _ = written_out(policy, loaded(folder), on_side(0, rows, 0.3), 0.1, g, anchor)
+    losses = written_out(policy, loaded(folder), on_side(0, rows, 0.3), 0.1, g, anchor)["loss"]
     assert len(losses) == 7
     (sum(losses) / 7).backward()
     for name, weight in policy.named_parameters():
@@ -177,22 +181,11 @@ def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop_on_what_is
     rows, out = feedback(40), tmp_path / "out"
     results = run(folder, rows, out, beta=0.7, heldout=0.5, max_steps=6, lora=lora)
     assert results["items"] == dict(train=20, held=20) and results["settings"]["beta"] == 0.7
-    rows = on_side(1, rows, 0.5)
     for policy, measured in (folder, results["before"]), (out, results["after"]):
         with torch.no_grad():
-            losses, rewards = written_out(loaded(policy), loaded(folder), rows, 0.7, "mse")
-        pairs = [reward for reward in rewards if len(reward) == 2]
-        up, down = ([reward[0] for reward, row in zip(rewards, rows) if row.get("label") is said]
-                    for said in (True, False))
-        parts = {f"loss_{kind}": [loss for loss, row in zip(losses, rows) if field in row]
-                 for kind, field in dict(pair="chosen", label="label", score="score").items()}
-        parts |= dict(
-            loss=losses, reward_chosen=[first for first, _ in pairs] + up,
-            reward_rejected=[second for _, second in pairs] + down,
-            pairs_in_order=[1.0 if a > b else 0.5 if a == b else 0 for a, b in pairs],
-            kl_ref_policy=[-each / 0.7 for reward in rewards for each in reward])
+            told = written_out(loaded(policy), loaded(folder), on_side(1, rows, 0.5), 0.7)
         assert measured == pytest.approx(
-            {name: float(sum(part) / len(part)) for name, part in parts.items()}, abs=5e-6)
+            {name: float(sum(values) / len(values)) for name, values in told.items()}, abs=5e-6)
     trained = [move for move in moves(folder, out).values() if move.any()]
     assert max(move.abs().max() for move in trained) > 0.01 and not list(out.glob("*.part"))
     assert not lora or all(torch.linalg.matrix_rank(move, atol=1e-6) <= 2 for move in trained)
@@ -200,14 +193,14 @@ def test_what_is_measured_on_held_out_prompts_is_that_of_a_plain_loop_on_what_is
 
 
 def test_two_processes_are_one(folder, tmp_path):
-    """Each step has all 11 items, and on two processes a copy, which must not count."""
+    """Each step has all 12 items. The held-out 3 do not fill a batch."""
     one, two = tmp_path / "one", tmp_path / "two"
     how = dict(num_train_epochs=3, logging_steps=1, heldout=0.2, save_strategy="epoch")
-    results = run(folder, feedback(14), one, **how, per_device_train_batch_size=11)
-    assert results["items"] == dict(train=11, held=3)
+    results = run(folder, feedback(15), one, **how, per_device_train_batch_size=12)
+    assert results["items"] == dict(train=12, held=3)
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         own_model.__file__, *flags_for(folder, feedback(14), two, **how,
+         own_model.__file__, *flags_for(folder, feedback(15), two, **how,
                                         per_device_train_batch_size=2,
                                         gradient_accumulation_steps=3)],
         capture_output=True, encoding="utf-8")
@@ -243,15 +236,10 @@ def test_bfloat16_computes_in_it_and_keeps_the_weights_in_float32(folder, tmp_pa
 
 
 # ---------------------------------------------------------------- reference, offset, held-out
-def with_dropout(transformer):
-    transformer.drop = torch.nn.Dropout(0.1)
-
-
-def not_finite(transformer):
-    transformer.wpe.weight.data[15] = math.nan                  # in the longest item alone
-
-
-@pytest.mark.parametrize("spoil", [with_dropout, not_finite])
+@pytest.mark.parametrize("spoil", [
+    lambda of: setattr(of, "drop", torch.nn.Dropout(0.1)),
+    lambda of: of.wpe.weight.data[15].fill_(math.nan)],         # in the longest item alone
+    ids=["random", "not finite"])
 def test_before_training_every_rho_is_0_or_the_run_ends(
         spoil, folder, tmp_path, capsys, monkeypatch):
     assert loaded(folder).config.resid_pdrop == loaded(folder).config.attn_pdrop == 0.1
@@ -298,7 +286,7 @@ def test_the_offset_goes_from_the_mean_scores_logit_to_beta_log_mean_exp_of_the_
 
 
 def test_prompts_are_held_out_whole_and_do_not_depend_on_the_order():
-    items = items_of(feedback(60, prompts=20))
+    items = items_of(feedback(20) * 3)
     sides = own_model.split(items, 0.25)
     prompts = [{item["whole_prompt"] for item in side} for side in sides]
     assert not prompts[0] & prompts[1] and [*map(len, prompts), *map(len, sides)] == [15, 5, 45, 15]
