@@ -162,13 +162,13 @@ def farthest(a, b):
 @pytest.mark.parametrize("batch, micro_batches, g, anchor", [(7, 1, "mse", 0.05), (2, 4, "bce", 0)])
 def test_a_step_is_the_gradient_of_the_mean_over_training_items_however_they_are_cut(
         folder, tmp_path, batch, micro_batches, g, anchor):
-    rows = feedback(10)
-    run(folder, rows, tmp_path / "out", heldout=0.3, max_steps=1, learning_rate=1, g=g,
+    rows = feedback(12)
+    run(folder, rows, tmp_path / "out", heldout=0.4, max_steps=1, learning_rate=1, g=g,
         anchor=anchor, per_device_train_batch_size=batch, gradient_accumulation_steps=micro_batches)
     policy, step = loaded(folder), moves(tmp_path / "out", folder)
-    losses = written_out(policy, loaded(folder), on_side(0, rows, 0.3), 0.1, g, anchor)["loss"]
-    assert len(losses) == 7
-    (sum(losses) / 7).backward()
+    told = written_out(policy, loaded(folder), on_side(0, rows, 0.4), 0.1, g, anchor)
+    assert [len(told[f"loss{kind}"]) for kind in ("", "_pair", "_label", "_score")] == [7, 2, 3, 2]
+    (sum(told["loss"]) / 7).backward()
     for name, weight in policy.named_parameters():
         torch.testing.assert_close(step[name], weight.grad, rtol=1e-4, atol=2e-6)
     assert max(weight.grad.abs().max() for weight in policy.parameters()) > 0.01
