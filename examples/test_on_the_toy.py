@@ -150,7 +150,7 @@ def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(exp
 PLAIN = ("--optim sgd --lr_scheduler_type constant --learning_rate 0.5 --max_grad_norm 0 "
          "--max_steps 2 --num_generations 8 --max_completion_length 2 --beta 0.25 --judge "
          "on_the_toy:judge --per_device_train_batch_size 24 --save_strategy no --report_to none "
-         "--use_cpu True --disable_tqdm True").split()
+         "--use_cpu True --disable_tqdm True --seed 6").split()          # some samples end early
 
 
 def run_online(exported, out, flags="", lines=None):
@@ -163,7 +163,7 @@ def run_online(exported, out, flags="", lines=None):
     return load_file(out / "model.safetensors")
 
 
-def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_added_up(
+def test_a_step_online_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_added_up(
         exported, tmp_path, same_numbers, capsys, monkeypatch):
     start = load_file(exported.folder / "reference/model.safetensors")
     whole = run_online(exported, tmp_path / "whole")
