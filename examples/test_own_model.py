@@ -84,6 +84,10 @@ def results_in(folder):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
+def logs_of(checkpoint):
+    return json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))["log_history"]
+
+
 def run(folder, rows, out, **flags):
     own_model.main(flags_for(folder, rows, out, **flags))
     return results_in(out)
@@ -207,9 +211,7 @@ def test_two_processes_are_one(folder, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert farthest(one, two) < 1e-6 and farthest(one, folder) > 0.03
     assert results_in(two)["after"] == pytest.approx(results["after"], abs=1e-5)
-    logs = [json.loads((out / "checkpoint-3/trainer_state.json").read_text("utf-8"))["log_history"]
-            for out in (one, two)]
-    for ours, theirs in zip(*logs, strict=True):
+    for ours, theirs in zip(logs_of(one / "checkpoint-3"), logs_of(two / "checkpoint-3")):
         assert theirs == pytest.approx(ours | dict(epoch=theirs["epoch"]), rel=1e-3, abs=1e-5)
 
 
@@ -222,14 +224,17 @@ def test_a_run_that_goes_on_in_the_midst_of_an_epoch_is_one_that_was_not_broken(
     results = run(folder, feedback(14), whole, **how)
     again = run(folder, feedback(14), gone_on, **how,
                 resume_from_checkpoint=whole / "checkpoint-3")
+    assert [path.name for path in gone_on.glob("checkpoint-[36]")] == ["checkpoint-6"]
     assert farthest(whole, gone_on) == 0 and farthest(whole, folder) > 0.01
     assert [again[when] for when in ("before", "after")] == [results["before"], results["after"]]
 
 
 def test_bfloat16_computes_in_it_and_keeps_the_weights_in_float32(folder, tmp_path):
     narrow, wide = (run(folder, feedback(12), tmp_path / f"{bf16}", bf16=bf16, max_steps=3,
-                        heldout=0.3) for bf16 in (True, False))
-    assert narrow["before"]["kl_ref_policy"] == 0
+                        heldout=0.3, logging_steps=1, save_strategy="epoch")
+                    for bf16 in (True, False))
+    first, *_ = logs_of(tmp_path / "True/checkpoint-3")     # of all 8 items, as in the reference
+    assert narrow["before"]["kl_ref_policy"] == 0 and abs(first["kl_ref_policy"]) < 1e-6
     assert 1e-6 < abs(narrow["after"]["loss"] - wide["after"]["loss"]) < 0.02
     assert {weight.dtype for weight in transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "True", dtype="auto").parameters()} == {torch.float32}
@@ -286,11 +291,12 @@ def test_the_offset_goes_from_the_mean_scores_logit_to_beta_log_mean_exp_of_the_
 
 
 def test_prompts_are_held_out_whole_and_do_not_depend_on_the_order():
-    items = items_of(feedback(20) * 3)
+    items = items_of([dict(prompt=row["prompt"], completion=y, label=True)
+                      for row in feedback(20) for y in (" a", " b", " c")])
     sides = own_model.split(items, 0.25)
-    prompts = [{item["whole_prompt"] for item in side} for side in sides]
+    prompts = [{tuple(item["prompt"]) for item in side} for side in sides]
     assert not prompts[0] & prompts[1] and [*map(len, prompts), *map(len, sides)] == [15, 5, 45, 15]
-    assert {item["whole_prompt"] for item in own_model.split(items[::-1], 0.25)[1]} == prompts[1]
+    assert {tuple(item["prompt"]) for item in own_model.split(items[::-1], 0.25)[1]} == prompts[1]
 
 
 # ---------------------------------------------------------------- from text to tokens
@@ -313,6 +319,8 @@ def test_decoded_back_the_tokens_are_the_text(spaces, closing, special):
                         ("Say: ", "hello", "world"), ("<bos>Say:", "hello", " world")]:
         [item] = items_of([dict(prompt=x, chosen=answers[0], rejected=answers[1])], tokenizer)
         prompt, added = item["prompt"], closing and x[0] != "<"
+        alone = tokenizer.encode(x, add_special_tokens=False)   # by which prompts are held out
+        assert item["whole_prompt"] == (2,) * added + tuple(alone)
         for y, answer in zip(item["completions"], answers):
             text = f"{x}{answer}<eos>"
             assert prompt + y == [2] * added + tokenizer.encode(text, add_special_tokens=False)
