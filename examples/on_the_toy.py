@@ -193,7 +193,7 @@ def train_by_own_model(method, folder, out, settings):
     flags = common_flags(method, size, out, settings) | dict(
         model=folder / "reference", data=path, heldout=0, per_device_eval_batch_size=1024,
         warmup_steps=settings.steps // 20)
-    more = {"una-binary-bce": ["--g=bce"], "una-score-estimated": ["--offset=ramped"]}
+    more = {"una-binary-bce": ["--g=bce"], "una-score-estimated": ["--offset=estimated"]}
     own_model.main([f"--{name}={value}" for name, value in flags.items()] + more.get(method, []))
 
 

@@ -5,9 +5,8 @@
 
 Needs requirements-trl.txt. A line of the prompts is {"prompt": ...}, a string or messages for the
 chat template. judge(prompts, completions) is given two lists, completions as strings, and returns
-as many rewards, in the unit of beta. Each step has num_generations fresh samples of a prompt; what
-would change that, or the loss, is no flag here. All weights are trained, in float32; with --lora R
-a low-rank W + BA. At first rho = log pi/pi_ref must be 0, or the run ends.
+as many rewards, in the unit of beta. Flags are the fields of Settings, below, and those of TRL's
+GRPOConfig. At first rho = log pi/pi_ref must be 0, or the run ends.
 """
 import math
 import os
@@ -22,20 +21,29 @@ import torch
 from datasets import Dataset
 from own_model import reading, una
 from trl import GRPOConfig, GRPOTrainer
-from trl.data_utils import is_conversational
+
+# Other values would not be Eq. 7 on fresh samples of the policy. TRL's advantages are rewards less
+# the mean of their prompt's, which f(x) + c takes up; it would not take up a division.
+ALWAYS = dict(scale_rewards="none", multi_objective_aggregation="sum_then_normalize", top_k=0,
+              num_iterations=1, temperature=1, top_p=1, min_p=None, repetition_penalty=1,
+              generation_kwargs=None, mask_truncated_completions=False, sync_ref_model=False,
+              use_liger_kernel=False, neftune_noise_alpha=None)
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(GRPOConfig):
     model: str                                          # a folder or a name, for from_pretrained
     prompts: str                                        # JSONL
     judge: str                                          # module:function
     lora: int = 0                                       # rank; 0 trains all weights
+    beta: float = 0.1                                   # the price of a nat of KL
+    scale_rewards: str = "none"
+    bf16: bool = False                                  # TRL's defaults: the opposite
+    activation_checkpointing: bool = False
 
 
 class UNATrainer(GRPOTrainer):
-    """Eq. 7 with the mean residual of a prompt's samples for f(x) + c. TRL's advantages must be
-    scale_rewards="none": rewards less the mean of their prompt's, which f(x) + c takes up."""
+    """Eq. 7 with the mean residual of a prompt's samples for f(x) + c."""
 
     def implicit_reward(self, model, batch, offset=0.0):
         """Eq. 6 of whole responses, (B,), in units of reward."""
@@ -78,42 +86,32 @@ def reward_function(judge, name):
     return rewards
 
 
-def prompt_of(row, tokenizer, room):
-    """What a line becomes, if TRL will make of it the tokens that own_model.py makes."""
-    ids = own_model.encode(prompt := row.get("prompt"), tokenizer, answered=False)
-    if not (tokenizer(prompt)["input_ids"] == ids if isinstance(prompt, str) else
-            is_conversational(dict(prompt=prompt))):
-        raise ValueError("TRL takes a text that no tokenizer ends, or messages with their roles")
-    if not 0 < len(ids) <= room:
-        raise ValueError(f"it has {len(ids)} tokens: 1 to {room} fit")
-    return dict(prompt=prompt)
+def prompt_of(row, tokenizer):
+    """What a line becomes. Where TRL could not read it, the line is named here."""
+    own_model.encode(row["prompt"], tokenizer, answered=False)
+    return dict(prompt=row["prompt"])
 
 
 def main(arguments=None):
     """Reads, trains, saves. Bad input is one line and status 2."""
-    names = [*own_model.TRAINING, "beta", "num_generations", "max_completion_length"]
-    settings, training = own_model.parse_flags(arguments, Settings, GRPOConfig, names, beta=0.1,
-                                               bf16=False, activation_checkpointing=False)
-    with reading("flags"):
-        args = GRPOConfig(**vars(training), scale_rewards="none", logging_nan_inf_filter=False)
-        if not 0 < args.beta < math.inf:
-            raise ValueError("must be: --beta > 0")
-    with reading(f"--judge {settings.judge}"):
+    args = own_model.parse_flags(arguments, Settings)
+    always = ALWAYS | dict(steps_per_generation=args.gradient_accumulation_steps)
+    for name in always:
+        if getattr(args, name) != always[name]:
+            own_model.stop(f"--{name}: for Eq. 7 it must be {always[name]}")
+    with reading(f"--judge {args.judge}"):
         sys.path.append(os.getcwd())
-        judge = reward_function(pkgutil.resolve_name(settings.judge), settings.judge)
-    with reading(f"--model {settings.model}"):
-        tokenizer, config = own_model.load_tokenizer(settings.model)
-        model = own_model.load_model(settings, config, args.seed)
-    with reading(f"--prompts {settings.prompts}"):
-        room = getattr(config, "max_position_embeddings", math.inf) - args.max_completion_length
-        rows = Dataset.from_list(own_model.read_lines(settings.prompts, prompt_of, tokenizer, room))
+        judge = reward_function(pkgutil.resolve_name(args.judge), args.judge)
+    with reading(f"--model {args.model}"):
+        tokenizer, model = own_model.load(args)
+    with reading(f"--prompts {args.prompts}"):
+        rows = own_model.read_lines(args.prompts, prompt_of, tokenizer)
         if len(rows) < (of_a_step := args.generation_batch_size // args.num_generations):
             raise ValueError(f"a step takes {of_a_step} prompts, and there are {len(rows)}")
-    with reading("flags"):
-        trainer = UNATrainer(model, judge, args, rows, processing_class=tokenizer)
+    trainer = UNATrainer(model, judge, args, Dataset.from_list(rows), processing_class=tokenizer)
     with reading("training", status=1):
         trainer.train()
-    own_model.save(trainer, settings.lora)
+    own_model.save(trainer)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -145,7 +144,7 @@ def test_trls_kto_takes_z0_from_each_prompt_with_the_response_in_front_of_it(
 PLAIN = ("--optim sgd --lr_scheduler_type constant --learning_rate 0.5 --max_grad_norm 0 "
          "--max_steps 2 --num_generations 8 --max_completion_length 2 --beta 0.25 --judge "
          "on_the_toy:judge --per_device_train_batch_size 24 --save_strategy no --report_to none "
-         "--use_cpu True --disable_tqdm True").split()
+         "--use_cpu True --disable_tqdm True --seed 6").split()          # some samples end early
 
 
 def run_online(exported, out, flags="", lines=None):
@@ -158,7 +157,7 @@ def run_online(exported, out, flags="", lines=None):
     return load_file(out / "model.safetensors")
 
 
-def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_added_up(
+def test_a_step_online_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_added_up(
         exported, tmp_path, same_numbers, capsys, monkeypatch):
     start = load_file(exported.folder / "reference/model.safetensors")
     whole = run_online(exported, tmp_path / "whole")
@@ -166,14 +165,14 @@ def test_a_step_is_one_however_its_batch_is_cut_or_prompts_are_told_and_lora_is_
     cut = run_online(exported, tmp_path, "--per_device_train_batch_size 4 "
                      "--gradient_accumulation_steps 6 --activation_checkpointing 1")
     lora = run_online(exported, tmp_path / "lora", "--lora 1 --learning_rate 5")
-    judge, load = toy.judge, own_model.load_tokenizer
+    judge, load = toy.judge, own_model.load
 
-    def with_template(name):
-        words, config = load(name)
+    def with_template(args):
+        words, model = load(args)
         words.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-        return words, config
+        return words, model
 
-    monkeypatch.setattr(own_model, "load_tokenizer", with_template)
+    monkeypatch.setattr(own_model, "load", with_template)
     monkeypatch.setattr(toy, "judge", lambda prompts, completions: judge(
         [message["content"] for [message] in prompts], completions))
     chats = [dict(prompt=[dict(role="user", content=x)]) for x in data.TRAIN_PROMPTS]
@@ -198,25 +197,19 @@ GOOD = dict(prompt="happy wind :")
 
 
 @pytest.mark.parametrize("flags, lines, message", [
-    *((f"{flag} 2", None, f"flags: .*{flag}") for flag in (
-        "--loss_type", "--num_iterations", "--temperature", "--resume_from_checkpoint")),
-    ("--beta 0", None, "flags: must be: --beta > 0"),
+    *((f"{flag} 2", None, f"{flag}: for Eq. 7 it must be [1n]") for flag in (
+        "--scale_rewards", "--num_iterations", "--steps_per_generation", "--temperature")),
     ("--num_generations 7", None, "flags: .*24.* must be divisible by num_generations .7"),
     ("--judge nowhere:f", None, "--judge nowhere:f: No module named 'nowhere'"),
     ("--judge math:f", None, "--judge math:f: .*no attribute 'f'"),
     ("--judge math:pi", None, "--judge math:pi: 'float' object is not callable"),
-    ("--judge operator:add", None, "--judge operator:add: could not convert string"),
     ("--judge test_on_the_toy:too_few", None, "too_few: for 24 completions, no finite"),
     ("--judge test_on_the_toy:nan", None, "nan: for 24 completions, no finite .*nan"),
     ("--model nowhere", None, "--model nowhere: "),
     ("--prompts nowhere", None, "--prompts nowhere: .*No such file"),
-    ("", [{}], "line 1: b'{}': 'None' is no string"),
-    ("", [dict(prompt=[1])], "line 1: .*: TRL takes a text"),
-    ("", [dict(prompt="")], "line 1: .*it has 0 tokens: 1 to 5 fit"),
-    ("", [dict(prompt="happy sea : sea sea sea")], "line 1: .*it has 6 tokens: 1 to 5 fit"),
+    ("", [{}], "line 1: b'{}': 'prompt'"),
     ("", [GOOD, dict(prompt=[dict(content="happy")])], "line 2: .*chat.template"),
-    ("", [GOOD], "jsonl: a step takes 3 prompts, and there are 1"),
-    ("", [], "jsonl: no feedback")])
+    ("", [GOOD], "jsonl: a step takes 3 prompts, and there are 1")])
 def test_online_pys_bad_input_is_one_line(flags, lines, message, exported, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         run_online(exported, tmp_path / "out", flags, lines)
@@ -225,27 +218,19 @@ def test_online_pys_bad_input_is_one_line(flags, lines, message, exported, tmp_p
     assert not [*tmp_path.glob("out/*")]
 
 
-def test_online_py_refuses_a_tokenizer_that_ends_prompts():
-    closing = toy.tokenizer()
-    closing.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", data.EOT)])
-    with pytest.raises(ValueError, match="a text that no tokenizer ends"):
-        online.prompt_of(GOOD, closing, 5)
-
-
 def test_a_run_online_that_starts_elsewhere_or_diverges_ends_and_saves_nothing(
         exported, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="1"):
         run_online(exported, tmp_path, "--learning_rate 1e30")
     assert re.search("training: .*inf.*nan", capsys.readouterr().err)
-    load = own_model.load_model
+    load = own_model.load
 
-    def with_dropout(*how):
-        model = load(*how)
+    def with_dropout(args):
+        words, model = load(args)
         model.transformer.drop = torch.nn.Dropout(0.5)
-        return model
+        return words, model
 
-    monkeypatch.setattr(own_model, "load_model", with_dropout)
+    monkeypatch.setattr(own_model, "load", with_dropout)
     with pytest.raises(SystemExit, match="1"):
         run_online(exported, tmp_path)
     assert "nats before training" in capsys.readouterr().err and not [*tmp_path.glob("*")]
