@@ -1,7 +1,7 @@
 """The campaigns, by name.
 
-    python -m lab stored|online|budget      goes on where it stopped; budget needs stored
-    python -m lab tables                    page and pictures anew, from the three JSON files
+    python -m lab stored|online|budget|noise      goes on where it stopped; the last two need stored
+    python -m lab tables                          page and pictures anew, from the four JSON files
 """
 import json
 import os
@@ -9,10 +9,10 @@ import sys
 
 import torch
 
-from lab import budget, online, run, stored, tables
+from lab import budget, noise, online, run, stored, tables
 from lab.campaign import Lab
 
-PLANS = dict(stored=stored.settle, online=online.settle, budget=budget.settle)
+PLANS = dict(stored=stored.settle, online=online.settle, budget=budget.settle, noise=noise.settle)
 
 
 def main(arguments=None):

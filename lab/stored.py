@@ -44,14 +44,13 @@ def reported(chosen):
     """The Runs, without a seed, of all that is reported. chosen: the best cell of each of GRIDS.
 
     una-pair has dpo's cell, as it is the same loss, and una-reward-estimated that of scores. Other
-    paths and beginnings of f(x) + c, and labels without their noise, have the cell of the method
-    that they are compared with. At level 1 all have their cell of level 0.
+    paths and beginnings of f(x) + c have the cell of the method that they are compared with. At
+    level 1 all have their cell of level 0.
     """
     runs = [at(key, chosen[key]) for key in GRIDS]
     runs += [at(Run("una-pair"), chosen[DPO]), at(REWARD, chosen[ESTIMATED])]
     runs += [at(key, other_path(chosen[key])) for key in (EXACT, ESTIMATED)]
     runs += [at(key, chosen[key], offset="from zero") for key in (LEARNED, SCORE_LEARNED)]
-    runs += [at(EXACT, (*chosen[EXACT], ("loss", "chances")))]
     return runs + [at(key, chosen[key], level=1.0) for key in (BCE, SCORE, LEARNED, ESTIMATED)]
 
 

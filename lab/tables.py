@@ -33,7 +33,7 @@ def read(folder):
     f(x) + c: "una-score, from zero". The knobs of its cell are fields of it too.
     """
     told = {name: read_json(Path(folder, f"{name}.json"))
-            for name in ("stored", "online", "budget")}
+            for name in ("stored", "online", "budget", "noise")}
     for file in told.values():
         for entry in (entry for kind in ("tuning", "runs", "models", "theory")
                       for entry in file.get(kind, ())):
@@ -128,7 +128,8 @@ def bad(shares):
 
 def cell_text(cell):
     words = dict(beta_multiple="β × ", anchor="α ", ramp="path ", steps="steps ")
-    return ", ".join(words.get(knob, "") + f"{value:g}" for knob, value in cell.items())
+    return ", ".join(words.get(knob, "") + f"{value:g}" for knob, value in cell.items()
+                     if knob != "loss")
 
 
 def code(name, *more):
@@ -174,8 +175,7 @@ OFFSETS = (
     ("… learned, from 0", "una-binary-bce, from zero", {}),
     ("… learned, from where it is balanced: `una-binary-learned`", "una-binary-learned", {}),
     ("… the exact β log Z(x), at once", "una-binary-bce, exact", dict(ramp=0)),
-    ("… the exact β log Z(x), by the path", "una-binary-bce, exact", dict(ramp=0.5)),
-    ("… and for each label its chance of 1", "una-binary-bce, exact", dict(loss="chances")))
+    ("… the exact β log Z(x), by the path", "una-binary-bce, exact", dict(ramp=0.5)))
 
 
 def stored_tables(stored):
@@ -370,11 +370,33 @@ def learning(told):
     return found
 
 
+# ---------------------------------------------------------------- noise.json
+# Which runs without noise stand beside which with it. At the task's beta these are dpo's.
+NOISE = (("pairs at the task's β, each in its best cell", "una-pair", {},
+          "budget", "dpo", dict(beta_multiple=1)),
+         ("… in the best cell with noise", "una-pair", dict(learning_rate=5e-4),
+          "budget", "dpo", dict(beta_multiple=1)),
+         ("… with an anchor: `una-pair-anchored`", "una-pair-anchored", {},
+          "stored", "una-pair-anchored", {}),
+         ("labels with the exact β log Z(x), by the path", "una-binary-bce, exact", {},
+          "stored", "una-binary-bce, exact", dict(ramp=0.5)),
+         ("`una-mixed-estimated`", "una-mixed-estimated", {}, "stored", "una-mixed-estimated", {}))
+
+
+def noise_table(told):
+    rows = [["feedback", "as drawn: lost", "judged + unjudged", "without noise: lost",
+             "judged + unjudged"]]
+    return rows + [[words, *lost_and_parts(reported(told[file], other, **its)),
+                    *lost_and_parts(reported(told["noise"], name, **fields))]
+                   for words, name, fields, file, other, its in NOISE]
+
+
 # ---------------------------------------------------------------- the page
 def tables(told):
     """{name: Markdown}"""
-    made = dict(claims=claims_table(told)) | stored_tables(told["stored"])
+    made = dict(claims=claims_table(told), noise=noise_table(told)) | stored_tables(told["stored"])
     made |= online_tables(told["online"]) | budget_tables(told)
+    made["noise_grids"] = grids(told["noise"])
     return {name: "\n".join(f"| {' | '.join(row)} |" for row in [
         rows[0], ["---"] * len(rows[0]), *rows[1:]]) for name, rows in made.items()}
 

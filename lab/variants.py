@@ -23,9 +23,37 @@ def una_online_own(policy, batch, beta):
     return una.una_reward_loss(reward + offset, batch.rewards)
 
 
-def una_binary_chances(policy, batch, beta):
-    """Eq. 12 without the noise of labels: each label's chance of 1, a score, in its place."""
+# Who wins a pair, and whether a label is 1, is drawn by chance: sigma(r_w - r_l), sigma(r). Below
+# each chance stands for its draw, so that a loss is the mean over all draws, and has no noise.
+def label_chances(policy, batch, beta):
+    """Eq. 12, train.una_binary_bce."""
     return una.una_score_loss(train.implicit_reward(policy, batch, beta), batch.scores, g="bce")
+
+
+def either_way(reward, other, score, other_score):
+    """Eq. 10 of two responses whose judge has not drawn a winner yet: all (B,)."""
+    chance = (score.logit() - other_score.logit()).sigmoid()     # Eq. 1
+    return (chance * una.una_pair_loss(reward, other)
+            + (1 - chance) * una.una_pair_loss(other, reward))
+
+
+def pair_chances(policy, batch, beta):
+    """Eq. 10 with an anchor, train.una_pair."""
+    logprobs = train.logprob(policy, batch.tokens, batch.mask)
+    rewards = una.implicit_reward(logprobs, batch.ref_logprob, beta).chunk(2)
+    held = una.anchor_loss(logprobs, batch.ref_logprob).view(2, -1).mean(0)
+    return either_way(*rewards, *batch.scores.chunk(2)) + batch.anchor * held
+
+
+def mixed_chances(policy, batch, beta):
+    """Eq. 10, 11 and 13 in one, train.una_mixed."""
+    logprobs = train.logprob(policy, batch.tokens, batch.mask)
+    reward = una.implicit_reward(logprobs, batch.ref_logprob, beta, batch.offset)
+    two, one = [batch.chosen, batch.rejected], torch.cat([batch.binary, batch.scored])
+    held = una.anchor_loss(logprobs, batch.ref_logprob)[torch.stack(two)].mean(0)
+    pairs = either_way(*(of[rows] for of in (reward, batch.scores) for rows in two))
+    return torch.cat([pairs + batch.anchor * held,
+                      una.una_score_loss(reward[one], batch.scores[one])])
 
 
 def rloo_weighted(policy, batch, beta):
@@ -52,9 +80,9 @@ def grpo_undivided(k):
     return loss
 
 
-LOSSES = {"own mean": una_online_own, "chances": una_binary_chances,
-          "weighted rloo": rloo_weighted, "weighted ppo": ppo_weighted,
-          "undivided": grpo_undivided(3), "undivided, k2": grpo_undivided(2)}
+LOSSES = {"own mean": una_online_own, "weighted rloo": rloo_weighted, "weighted ppo": ppo_weighted,
+          "undivided": grpo_undivided(3), "undivided, k2": grpo_undivided(2),
+          "labels": label_chances, "pairs": pair_chances, "mixed": mixed_chances}
 
 
 # Of f(x) + c that train.py knows no rule for: the rule by which it is made, before it is set.

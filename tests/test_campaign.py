@@ -17,10 +17,10 @@ import train
 import una
 from helpers import close, moved, near
 from lab import __main__ as command
-from lab import budget, campaign, exact, figures, online, run, stored, tables, variants
+from lab import budget, campaign, exact, figures, noise, online, run, stored, tables, variants
 from lab.campaign import REPORTED_SEEDS, TUNING_SEEDS, Run
 from model import ScalarGPT
-from toy import timeless
+from toy import changed, timeless
 
 LAB = campaign.Lab("", 1, tuple("--n-embd 8 --n-head 1 --n-layer 1 --batch 48 --steps 3 --judged 48"
                                 " --reference-steps 8 --device cpu".split()))
@@ -178,12 +178,12 @@ def test_a_grid_grows_by_one_value_beyond_the_end_where_its_best_cell_lies_and_n
 
 
 FILES = {name: json.loads((campaign.ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
-         for name in ("stored", "online", "budget")}
+         for name in ("stored", "online", "budget", "noise")}
 
 
 def test_grids_are_of_a_size_and_no_seed_both_tunes_and_reports():
     for grids, size in ((stored.GRIDS, {6}), (online.GRIDS, {3, 4, 6}), (budget.GRIDS, {2, 3, 4}),
-                        (budget.MODEL_GRIDS, {3})):
+                        (budget.MODEL_GRIDS, {3}), (noise.GRIDS, {3})):
         assert {len({*campaign.cells_of(grid)}) for grid in grids.values()} == size
     assert {(key.judged, key.level) for key in budget.GRIDS | budget.MODEL_GRIDS} == {
         (size, 1.0) for size in (1200, 9600, 76_800)}
@@ -202,7 +202,7 @@ def test_the_methods_of_train_have_the_best_cells_of_their_grids():
                 assert pair == train.METHODS["una-pair"]
 
 
-@pytest.mark.parametrize("plan", [stored, online, budget])
+@pytest.mark.parametrize("plan", [stored, online, budget, noise])
 def test_a_plan_that_finds_each_run_in_its_file_writes_that_file(plan, monkeypatch):
     file, found, asked = FILES[plan.__name__.removeprefix("lab.")], {}, set()
     for row in file["tuning"]:
@@ -269,6 +269,43 @@ def test_a_share_of_each_prompts_samples_is_drawn_from_its_stored_responses():
     assert torch.equal(mixed.rewards, data.reward(mixed.tokens[:, :3], mixed.tokens[:, 3:]))
     assert close(mixed.ref_logprob, train.logprob_in_chunks(shared().reference, mixed.tokens,
                                                             mixed.mask))
+
+
+def test_chances_are_the_mean_of_a_loss_over_all_draws():
+    def batch_of(name):
+        return next(train.stored_batches(train.METHODS[name], shared(), 24, 0, torch.ones(3)))
+
+    def chances(batch, rows, other):
+        given = data.reward(batch.tokens[:, :3], batch.tokens[:, 3:])
+        return torch.sigmoid(given[rows] - given[other])
+    model, beta = policy(), 0.3
+    batch = batch_of("una-pair-anchored")
+    half = len(batch.tokens) // 2
+    swapped = changed(batch, **{name: part.roll(half, 0) for name, part in vars(batch).items()
+                                if torch.is_tensor(part)})
+    chance = chances(batch, slice(half), slice(half, None))
+    expected = (chance * train.una_pair(model, batch, beta)
+                + (1 - chance) * train.una_pair(model, swapped, beta))
+    assert close(variants.pair_chances(model, batch, beta), expected, 1e-6)
+    assert not close(train.una_pair(model, batch, beta), expected, 1e-2)
+    batch = batch_of("una-binary-learned")
+    ones, zeros = (train.una_binary_bce(model, changed(batch, labels=labels), beta)
+                   for labels in (torch.ones(24), torch.zeros(24)))
+    assert close(variants.label_chances(model, batch, beta),
+                 batch.scores * ones + (1 - batch.scores) * zeros, 1e-6)
+    batch = changed(batch_of("una-mixed-estimated"), anchor=0.1)
+    two = dict(chosen=batch.rejected, rejected=batch.chosen)
+    ones, zeros, other = (train.una_mixed(model, changed(batch, **how), beta) for how in (
+        dict(labels=batch.labels * 0 + 1), dict(labels=batch.labels * 0), two))
+    chance = torch.zeros_like(ones) + 1
+    pairs, labels = slice(len(batch.chosen)), slice(len(batch.chosen), -len(batch.scored))
+    chance[pairs] = chances(batch, batch.chosen, batch.rejected)
+    chance[labels] = batch.scores[batch.binary]
+    expected = chance * ones + (1 - chance) * zeros
+    expected[pairs] += (1 - chance[pairs]) * (other - zeros)[pairs]
+    expected[labels] -= (chance * (1 - chance))[labels]          # the variance of a label
+    assert close(variants.mixed_chances(model, batch, beta), expected, 1e-6)
+    assert not close(ones, expected, 1e-2) and len(batch.chosen) and len(batch.scored)
 
 
 def test_what_is_made_of_stored_samples_beside_the_mean_residual_of_all():

@@ -22,7 +22,7 @@ README, LAB, _, EQUATIONS, MAP = PAGES.values()
 BLOCKS = [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
           if not language]
 RAW = {name: json.loads((ROOT / "lab" / f"{name}.json").read_text(encoding="utf-8"))
-       for name in ("stored", "online", "budget")}
+       for name in ("stored", "online", "budget", "noise")}
 TABLES = tables.tables(tables.read(ROOT / "lab"))
 
 
@@ -125,8 +125,9 @@ def test_a_sample_of_the_tables_cells_is_computed_anew():
     for ramp, words in ((0, "at once"), (0.5, "by the path")):
         assert table["paths"][f"… the exact β log Z(x), {words}"][0] == percent(
             lost("stored", "una-binary-bce", "exact", ramp=ramp))
-    assert table["paths"]["… and for each label its chance of 1"][0] == percent(
-        lost("stored", "una-binary-bce", "exact", ramp=0.5, loss="chances"))
+    assert table["noise"]["labels with the exact β log Z(x), by the path"][::2] == [
+        percent(lost("stored", "una-binary-bce", "exact", ramp=0.5)),
+        percent(lost("noise", "una-binary-bce", "exact", loss="labels"))]
     assert table["paths"]["scores: 0, `una-score`"][2] == percent(
         lost("stored", "una-score", level=1.0))
     assert table["sizes"]["… learned: `una-score-learned`"][0] == percent(
@@ -236,7 +237,8 @@ def test_the_commands_of_the_pages_exist_and_print_what_is_shown(capsys):
     assert f"`--beta {given.beta}`" in running and f"`--steps {given.steps}`" in running
     install = "pip install -r requirements.txt && python"
     assert f"```sh\n{install} train.py\n{install} -m pytest\n```" in README[:2000]
-    assert {*re.findall(r"python -m lab (\w+)", LAB)} == {*"stored online budget tables".split()}
+    assert {*re.findall(r"python -m lab (\w+)", LAB)} == {
+        *"stored online budget noise tables".split()}
     runpy.run_path(str(ROOT / "una.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith(BLOCKS[0])
     ((response, total),) = re.findall(r"`( \w+ \w+ wind)` has 0.7 \+ 0.6 = (\d\.\d)",
