@@ -70,18 +70,9 @@ def ppo_weighted(policy, batch, beta):
     return train.ppo(policy, batch, beta)
 
 
-def grpo_undivided(k):
-    """train.grpo without the division by the spread of rewards, k for the KL's estimate."""
-    def loss(policy, batch, beta):
-        logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
-        advantages = una.grpo_advantages(batch.rewards, batch.per_prompt, divide=False)
-        return una.grpo_loss(logprobs, logprobs.detach(), batch.ref_logprobs, advantages,
-                             batch.mask[:, data.PROMPT_TOKENS:], beta, train.PPO_CLIP, k)
-    return loss
-
-
 LOSSES = {"own mean": una_online_own, "weighted rloo": rloo_weighted, "weighted ppo": ppo_weighted,
-          "undivided": grpo_undivided(3), "undivided, k2": grpo_undivided(2),
+          "undivided": lambda *of: train.grpo(*of, divide=False),
+          "undivided, k2": lambda *of: train.grpo(*of, divide=False, k=2),
           "labels": label_chances, "pairs": pair_chances, "mixed": mixed_chances}
 
 
