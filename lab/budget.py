@@ -8,14 +8,13 @@ rules of lab/stored.py; and reward models of the pairs among these, with their e
 from pathlib import Path
 
 from lab import campaign, run
-from lab.campaign import REPORTED_SEEDS, Run, at, results
+from lab.campaign import FEWER, REPORTED_SEEDS, Run, at, results
 
 FEW, SOME, FULL = 1200, 9600, 76_800                             # judged responses
 
 # ---------------------------------------------------------------- what is tuned
-# Grids lie around what earlier ones on tuning seeds had found. With few responses the number of
-# steps matters, since they are seen again and again. Where f(x) + c is right, or an anchor holds
-# the mass, theory has the loss's beta: the task's.
+# With few responses the number of steps matters, since they are seen again and again. Where
+# f(x) + c is right, or an anchor holds the mass, theory has the loss's beta: the task's.
 DPO, ANCHOR, SCORE, BCE = (Run(name, level=1.0) for name in (
     "dpo", "una-pair-anchored", "una-score", "una-binary-bce"))
 LEARNED, SCORE_LEARNED = (key._replace(offset="learned") for key in (BCE, SCORE))
@@ -49,7 +48,7 @@ GRIDS = {key._replace(judged=size): grid for size, grids in {
 MODEL_GRIDS = {Run("reward model", level=1.0, judged=size): dict(
     learning_rate=(rate,), beta_multiple=(1, 2, 4), steps=(steps,))
     for size, steps, rate in ((FEW, 100, 3e-3), (SOME, 400, 1e-3), (FULL, 400, 1e-3))}
-FEWER = REPORTED_SEEDS[:5]                                       # of reward models, for time
+
 
 def without_beta(its):
     """Reward models that differ in their optima's beta alone are one Run."""

@@ -50,7 +50,7 @@ def table(results):
             "reward", "kl", "objective", "lost", "judged", "unjudged")), entry["heldout"]["lost"],
                 entry.get("seconds", math.nan)]
 
-    lines = [f"{'':<21}" + "".join(f"{heading:>9}" for heading in COLUMNS)]
+    headings = f"{'':<21}" + "".join(f"{heading:>9}" for heading in COLUMNS)
     shown = {}                                                   # figures: methods that share them
     for name, entries in rows(results).items():
         ended = [entry for entry in entries if "diverged" not in entry]
@@ -65,9 +65,8 @@ def table(results):
             text += f"  {len(entries) - len(ended)} of {len(entries)} diverged"
         figures = str([cells(entry)[:-1] for entry in ended]) if ended else name
         shown.setdefault(figures, [[], text])[0].append(name)
-    for names, text in shown.values():
-        lines.append(f"{', '.join(names):<21}{text}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([headings, *(f"{', '.join(names):<21}{text}".rstrip()
+                                  for names, text in shown.values())])
 
 
 def rows(results):
@@ -124,9 +123,9 @@ def label(axes, title, size=10, **words):
 
 def by_method(results):
     """[(name, its look, its runs that ended in numbers)]."""
-    named = dict.fromkeys(run["method"] for run in results["runs"])
-    return [(name, look, [run for run in results["runs"] if run["method"] == name
-                          and "diverged" not in run]) for name, look in zip(named, LOOKS)]
+    named = [*rows(results).items()][1:-1]                       # no reference, no optimum
+    return [(name, look, [run for run in runs if "diverged" not in run])
+            for (name, runs), look in zip(named, LOOKS)]
 
 
 def draw_all(results, folder):

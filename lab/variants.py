@@ -124,13 +124,14 @@ def trained(its, settings, shared):
     method, feedback = method_of(its), shared.feedback
     beta = method.beta_multiple * settings.beta
     policy, batches, value, offsets = train.begin(method, settings, its.seed, shared)
-    truth = beta_log_z(shared.worlds["train"], beta)             # at the loss's beta
+    world = shared.worlds["train"]
+    _, truth = una.optimal_policy(world.ref_logprobs, world.rewards, beta)   # at the loss's beta
     if its.offset == "exact":
         offsets.copy_(truth)
     if its.offset == "from zero":
         offsets.detach().zero_()
     if dict(its.cell).get("collapsed"):
-        collapse(policy, shared.worlds["train"])
+        collapse(policy, world)
     apart = 32 ** (1 / max(1, its.points - 1))                   # geometric, from steps / 32 on
     at = {max(1, round(its.steps / apart ** i)) for i in range(its.points)}
     told = train.measured(method, settings, shared, at, policy, batches, value, offsets)
@@ -149,18 +150,12 @@ def trained(its, settings, shared):
     return told | dict(method_beta=beta)
 
 
-def beta_log_z(world, beta):
-    return una.optimal_policy(world.ref_logprobs, world.rewards, beta)[1]
-
-
 def grpo_theory(its, world, n):
     """Where its cell of GRPO stands still, worked out and not trained: "train" in endless groups,
     "grouped" in groups of n. Without division a group's own mean takes 1/n off A, and no more."""
-    cell, told, tilt = dict(its.cell), {}, una.k3_optimal_policy
-    beta = cell["beta_multiple"] * world.beta
-    if cell.get("loss") == "undivided, k2":
-        def tilt(*of):
-            return una.optimal_policy(*of)[0]
+    cell, told = dict(its.cell), {}
+    beta, k2 = cell["beta_multiple"] * world.beta, cell.get("loss") == "undivided, k2"
+    tilt = (lambda *of: una.optimal_policy(*of)[0]) if k2 else una.k3_optimal_policy
     for name, size in (("train", None), ("grouped", n)):
         if "loss" in cell:
             rewards = world.rewards * (1 - 1 / size if size else 1)
