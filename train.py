@@ -452,14 +452,13 @@ def measured(method, settings, shared, at, policy, batches, value, offsets):
         frozen = [model for model in (shared.reference, shared.reward_model) if model]
         told["state_bytes"] += sum(p.nbytes for model in frozen for p in model.parameters())
     else:
-        feedback, few = shared.feedback, slice(CHUNK)
+        feedback = shared.feedback
         pairs = data.take(feedback, feedback.pairs[:CHUNK // 2].T.flatten())
         with torch.no_grad():                                    # apart: under DPO both may fall
             chosen, rejected = implicit_reward(policy, pairs, beta).chunk(2)
             # Over pi_ref's responses this estimates -KL(pi_ref || pi). It falls as pi sharpens, and
             # where probability leaves what was judged.
-            rho = logprob(policy, feedback.tokens[few], feedback.mask[few])
-            rho -= feedback.ref_logprob[few]
+            rho = implicit_reward(policy, data.take(feedback, slice(CHUNK)), beta=1)
         told |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item(),
                      mean_rho=rho.mean().item(), offsets=offsets.tolist())
     return told | dict(curve=curve)

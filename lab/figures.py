@@ -1,8 +1,4 @@
-"""What train.py prints and draws, and the pictures of lab/README.md. Knows no training.
-
-Lost is the share of the possible gain J* - J(pi_ref) that a run ends without: 0 is the exact
-optimum, 1 the reference, more is worse than no training.
-"""
+"""What train.py prints and draws, and the pictures of lab/README.md. Knows no training."""
 import math
 import os
 import textwrap
@@ -17,7 +13,8 @@ from lab.run import save  # noqa: E402
 
 # ---------------------------------------------------------------- text
 def lost(run):
-    """By the judge, on the training prompts; infinite if the run left the numbers."""
+    """The share of the possible gain that a run ends without, by the judge, on the training
+    prompts; infinite if it left the numbers."""
     return math.inf if "diverged" in run else run["train"]["lost"]
 
 
@@ -240,8 +237,8 @@ def draw_judgements(figure, learning):
     where few sizes are. learning: {name: [(responses, what each seed lost)]}."""
     axes = figure.subplots()
     for i, (name, points) in enumerate(learning.items()):
-        judged, lost = np.array([judged for judged, _ in points]) * 1.03 ** (i - 4), [
-            100 * np.array(lost) for _, lost in points]
+        judged = np.array([judged for judged, _ in points]) * 1.03 ** (i - 4)
+        lost = [100 * np.array(lost) for _, lost in points]
         right = name.endswith(("estimated", "once", "learned", "zero", "fresh"))
         axes.plot(judged, [np.median(values) for values in lost], "-" if right else ":",
                   **LOOKS[i], label=name)

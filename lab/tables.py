@@ -58,11 +58,10 @@ def pick(runs, **fields):
 def reported(file, name, level=0.0, reward="judge", judged=SIZES[-1], **fields):
     """Runs, one a seed; where a name has several cells, those in its best."""
     runs = pick(file["runs"], method=name, level=level, reward=reward, judged=judged, **fields)
-    cells = [run["cell"] for run in runs]
     best = [{knob: value for knob, value in row["cell"].items() if knob != "steps"}
             for row in pick(file["tuning"], method=name, judged=judged, best=True)]
-    cell = next((cell for cell in cells if cell in best), cells[0] if cells else None)
-    return [run for run in runs if run["cell"] == cell]
+    runs = [run for run in runs if run["cell"] in best] or runs
+    return [run for run in runs if run["cell"] == runs[0]["cell"]]
 
 
 def lost(runs):
@@ -226,11 +225,11 @@ def claims_table(told):
             reported(file, ours, **fields), reported(file, theirs, **fields), verdicts)]
 
     mse, bce, score, kto = "una-binary-mse", "una-binary-bce", "una-score", "kto"
-    pair, dpo = (reported(stored, name) for name in ("una-pair", "dpo"))
+    pair, dpo = (ended(reported(stored, name)) for name in ("una-pair", "dpo"))
     ours, theirs = (reported(online, name) for name in ONLINE)
     off = max(abs(a["train"][figure] - b["train"][figure]) for a, b in zip(pair, dpo)
               for figure in ("reward", "kl", "objective", "judged"))
-    states = [median(run["state_bytes"] for run in of) for of in (ours, theirs)]
+    states = [median(run["state_bytes"] for run in ended(of)) for of in (ours, theirs)]
     spread = [max(lost(of)) - min(lost(of)) for of in (ours, theirs)]
     yes_or_no, can = ("does not", "replicates"), (
         "it can, and loses less", "it can, but loses more", "it can; no difference shown")
@@ -273,8 +272,7 @@ SAMPLES = (("`una-online`", "una-online", {}),
            ("… 4 of 16 stored: `una-online-stored`", "una-online-stored", {}),
            ("… 8 of 16 stored", "una-online-stored", dict(stored=0.5)),
            ("… 4 of 16, f(x) + c of fresh ones alone", "una-online-stored", dict(loss="own mean")),
-           ("`rloo`, 4 of 16, importance weights", "rloo",
-            dict(stored=0.25, loss="weighted rloo")),
+           ("`rloo`, 4 of 16, importance weights", "rloo", dict(stored=0.25, loss="weighted rloo")),
            ("`ppo`", "ppo", {}), ("… 4 of 16 stored", "ppo", dict(stored=0.25)),
            ("… 4 of 16, importance weights", "ppo", dict(stored=0.25, loss="weighted ppo")))
 GRPO = (("as in its paper", {}), ("advantages not divided", dict(loss="undivided")),
@@ -291,7 +289,7 @@ def online_tables(online):
     rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds", "state"]]
     for name, reward in [(name, "judge") for name in FRESH] + [(name, "model") for name in ONLINE]:
         runs = reported(online, name, reward=reward)
-        state = number(median(run["state_bytes"] for run in runs) / 1e6)
+        state = number(median(run["state_bytes"] for run in ended(runs)) / 1e6)
         rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(runs)),
                      bad(lost(runs)), *medians(runs, "judged", "unjudged"),
                      number(median(seconds(runs))), f"{state} MB"])
