@@ -246,8 +246,7 @@ def una_reward(policy, batch, beta):
 
 
 def una_mixed(policy, batch, beta):
-    """Eq. 10, 11 and 13 in one: every pair, label and score of the batch weighs the same. Its
-    pairs have an anchor as una_pair's."""
+    """Eq. 10, 11 and 13 in one: each pair, label and score weighs alike; pairs have an anchor."""
     logprobs = logprob(policy, batch.tokens, batch.mask)
     reward = una.implicit_reward(logprobs, batch.ref_logprob, beta, batch.offset)
     held = una.anchor_loss(logprobs, batch.ref_logprob)
@@ -424,8 +423,7 @@ def begin(method, settings, seed, shared):
 def measured(method, settings, shared, at, policy, batches, value, offsets):
     """Trains what `begin` gave and says what that reached: figures of an entry in results.json.
 
-    at: the steps after which the curve has a point. A run that leaves the numbers says why in
-    "diverged" and has no figures.
+    at: the steps of the curve. A run that leaves the numbers has only "diverged", which says why.
     """
     world, heldout = shared.worlds["train"], shared.worlds["heldout"]
     beta = method.beta_multiple * settings.beta

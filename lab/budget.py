@@ -65,8 +65,7 @@ def model_lost(lab, title, runs):
 
 def settle(lab):
     """What budget.json says. It also reports cells of stored.json's grids that are not reported
-    there: the best at the task's beta, the best that have f(x) + c at once and, at level 1, that of
-    scores that learn it."""
+    there: the best at the task's beta, with f(x) + c at once and, at level 1, with it learned."""
     stored = run.read_json(Path(lab.folder, "stored.json"))["tuning"]
     lost, chosen = campaign.tune(lab, GRIDS)
     rows, best = campaign.rows_of(lost, chosen), campaign.best_cell

@@ -123,12 +123,10 @@ def grown(grid, best):
     grid = dict(grid)
     for knob in ("learning_rate", "beta_multiple", "anchor"):
         values = sorted(grid.get(knob, ()))
-        if len(values) < 2:
-            continue
-        if dict(best)[knob] == values[-1]:
-            grid[knob] = (*values, round(values[-1] ** 2 / values[-2], 6))
-        elif dict(best)[knob] == values[0]:
-            grid[knob] = (round(values[0] ** 2 / values[1], 6), *values)
+        for end, inner in ((0, 1), (-1, -2)):
+            if len(values) > 1 and dict(best)[knob] == values[end]:
+                beyond = round(values[end] ** 2 / values[inner], 6)
+                grid[knob] = tuple(sorted([*values, beyond]))
     return grid
 
 

@@ -169,8 +169,7 @@ def evaluate(world, logprobs):
     objective, optimum = reward - world.beta * kl, world.optimum.mean().item()
     regret = optimum - objective
     return dict(reward=reward, kl=kl, objective=objective, optimum=optimum, regret=regret,
-                lost=regret / world.gain.mean().item(),
-                frontier_reward=frontier_reward(world, kl))
+                lost=regret / world.gain.mean().item(), frontier_reward=frontier_reward(world, kl))
 
 
 def reference_and_optimum(worlds):
@@ -194,8 +193,7 @@ def reward_dots(world, logprobs):
     if and only if the policy is optimal.
     """
     likely = world.ref_logprobs > math.log(1 / 300)
-    implicit = una.implicit_reward(logprobs, world.ref_logprobs, world.beta,
-                                   world.optimum[:, None])
+    implicit = una.implicit_reward(logprobs, world.ref_logprobs, world.beta, world.optimum[:, None])
     return [[round(value, 3) for value in rewards[likely].tolist()]
             for rewards in (world.rewards, implicit)]
 
@@ -245,8 +243,7 @@ def noting(batches, world, judged):
 #     pi(.|h) = tilt(pi_ref(.|h), Q(h, .), beta).
 # pi is needed behind h alone, so that this is worked out from the last token back.
 def by_token(world, rewards, beta, tilt):
-    """log pi (X, Y) of that policy. tilt: una.k3_optimal_policy of GRPO, una.optimal_policy's first
-    where k2 stands for k3."""
+    """log pi of it, (X, Y). tilt: una.k3_optimal_policy; for k2 una.optimal_policy's first."""
     words = data.ENCODING.n_vocab - 1
     sizes = [words ** n for n in range(data.MAX_TOKENS + 1)]     # prefixes of n words
     ends, value = (part.split(sizes, 1) for part in (world.ref_logprobs, rewards))
@@ -282,8 +279,7 @@ def advantages_in_groups(world, logprobs, n, draws=1000):
 
 
 def by_group(world, beta, tilt, n=None, rounds=12):
-    """by_token with GRPO's advantages for rewards, under the policy itself: in groups of n, or in
-    endless ones."""
+    """by_token of GRPO's advantages under the policy itself: in groups of n, or in endless ones."""
     logprobs = world.ref_logprobs
     for _ in range(rounds):
         if n:

@@ -13,8 +13,7 @@ from lab.run import save  # noqa: E402
 
 # ---------------------------------------------------------------- text
 def lost(run):
-    """The share of the possible gain that a run ends without, by the judge, on the training
-    prompts; infinite if it left the numbers."""
+    """The share of the gain missed, by the judge, on training prompts; infinite if it diverged."""
     return math.inf if "diverged" in run else run["train"]["lost"]
 
 

@@ -2,8 +2,7 @@
 
     python -m lab online                 goes on where it stopped; an hour and a half on two cores
 
-Rules are those of lab/stored.py. Where a run has no grid of its own it has the cell of the method
-that it varies.
+Rules are those of lab/stored.py. A run without a grid has the cell of the method that it varies.
 """
 from lab import campaign, run
 from lab.campaign import FEWER, REPORTED_SEEDS, Run, at, results

@@ -77,8 +77,7 @@ def seconds(runs):
 
 
 def seconds_until(run, allowed=0.01):
-    """When a share of the gain at most is still lost. Between two points of the curve log lost is
-    taken as linear."""
+    """When at most `allowed` of the gain is lost; log lost is linear between the curve's points."""
     curve = run.get("curve", ())
     points = [(point["seconds"], -math.log(point["regret"] / curve[0]["regret"]))
               for point in curve]
@@ -323,8 +322,7 @@ OTHER_CELLS = (("`dpo` at the task's β", "dpo", dict(beta_multiple=1)),
 
 
 def at_size(told, name, size, **fields):
-    """Runs at level 1: budget.json's or else stored.json's, where pairs, which do not see levels,
-    have level 0."""
+    """Runs at level 1: budget.json's, or stored.json's. Pairs see no level, and have 0 there."""
     level = 0.0 if name in ("dpo", "una-pair-anchored") else 1.0
     return (reported(told["budget"], name, 1.0, judged=size, **fields)
             or reported(told["stored"], name, level, judged=size, **fields))
