@@ -70,14 +70,12 @@ def settle(lab):
     lost, chosen = campaign.tune(lab, GRIDS)
     rows, best = campaign.rows_of(lost, chosen), campaign.best_cell
     told = [at(key, cell) for key, cell in chosen.items()]
-    told += [at(key, best(rows, key, ramp=ramp))
-             for key in (ESTIMATED._replace(judged=FEW), ESTIMATED._replace(judged=SOME))
+    told += [at(key, best(rows, key, ramp=ramp)) for key in chosen if key.offset == "estimated"
              for ramp in (0, 0.5)]
     told.append(at(SCORE_LEARNED, best(stored, SCORE_LEARNED._replace(level=0.0))))
     told += [at(key, best(stored, key, **fixed)) for key, fixed in (
-        (DPO._replace(level=0.0), dict(beta_multiple=1)),
-        (BCE._replace(offset="exact", level=0.0), dict(ramp=0)),
-        (ESTIMATED._replace(level=0.0), dict(ramp=0)))]
+        (Run("dpo"), dict(beta_multiple=1)), (Run("una-binary-bce", "exact"), dict(ramp=0)),
+        (Run("una-score", "estimated"), dict(ramp=0)))]
     runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in dict.fromkeys(told)
                                            for seed in REPORTED_SEEDS])
     lost_models, cells = campaign.tune(lab, MODEL_GRIDS, model_lost)
