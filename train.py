@@ -11,7 +11,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -142,8 +141,8 @@ def train_reward_model(settings, seed, reference, feedback, learning_rate=3e-4):
     """r_phi: Eq. 2 on the pairs, from the reference's weights with a scalar head. Frozen."""
     reward_model = ScalarGPT(reference).to(feedback.tokens.device)
     optimizer = torch.optim.Adam(reward_model.parameters(), betas=(0.9, 0.99), fused=True)
-    size = min(len(feedback.pairs), settings.batch // 2)
-    batches = data.shuffled(feedback.pairs, size, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    batches = data.shuffled(feedback.pairs, settings.batch // 2, generator)
     for step in range(1, settings.steps + 1):
         chosen, rejected = (model_reward(reward_model, feedback.tokens[rows], feedback.mask[rows])
                             for rows in next(batches).T)
@@ -163,14 +162,13 @@ def model_reward(reward_model, tokens, mask):
 
 # ---------------------------------------------------------------- batches
 # What a loss is given, of B responses: tokens, mask (B, 7), as data.join's; ref_logprob (B,); and
-#     stored   labels, scores (B,), data.Feedback's; prompt (B,), its number; offset (B,), f(x) + c.
-#              Of pairs all chosen responses come first, then all rejected ones, in the same order.
-#              Of mixed feedback chosen, rejected, binary and scored say which rows are what.
-#              other_tokens, other_mask (B, 7), other_ref_logprob (B,): mismatched pairs, for kto.
-#     fresh    rewards (B,); per_prompt, how many responses in a row answer one prompt; is_old (B,),
-#              which of them are stored ones; offset, 0; ref_logprobs (B, 4) of the tokens; for ppo
-#              the value model, and advantages: None until ppo has made them, and what else has to
-#              stay as it was, from its first look.
+#     stored   all else that collect_feedback tells of them, offset as it is now, and anchor. Of
+#              pairs all chosen responses come first, then all rejected ones, in the same order. Of
+#              mixed feedback chosen, rejected, binary and scored say which rows are what.
+#     fresh    rewards, scores (B,); per_prompt, how many responses in a row answer one prompt;
+#              is_old (B,), which are stored ones; offset, 0; ref_logprobs (B, 4) of the tokens; for
+#              ppo the value model, and advantages: None until ppo has made them, and what else has
+#              to stay as it was, from its first look.
 def stored_batches(method, shared, size, seed, offsets, ramp=0):
     """What a Method learns from for ever, if its feedback is stored; offsets (X,) of the prompts.
     Over the first `ramp` batches f(x) + c moves there, from where it is balanced."""
@@ -183,8 +181,7 @@ def stored_batches(method, shared, size, seed, offsets, ramp=0):
 
 def fresh_batches(policy, value, shared, size, seed, level=0.0, stored=0.0):
     """`size` samples of the policy as it is, rewarded by the judge or by the reward model. Of each
-    prompt's samples a share `stored` is replaced by stored responses to it, drawn anew each time.
-    """
+    prompt's samples a share `stored` is replaced by stored responses to it, drawn each time."""
     prompts = data.encode_prompts(data.TRAIN_PROMPTS).to(policy.wte.weight.device)
     generator = torch.Generator(prompts.device).manual_seed(seed)
     per_prompt = size // len(prompts)
@@ -207,9 +204,9 @@ def fresh_batches(policy, value, shared, size, seed, level=0.0, stored=0.0):
                 rewards = data.reward(x, tokens[:, data.PROMPT_TOKENS:])
                 rewards = (rewards + data.prompt_level(x, level)).to(x.device)
         yield SimpleNamespace(tokens=tokens, mask=mask, rewards=rewards, per_prompt=per_prompt,
-                              is_old=is_old, ref_logprobs=ref_logprobs,
-                              ref_logprob=ref_logprobs.sum(1), offset=0.0, value=value,
-                              advantages=None)
+                              scores=una.implicit_score(rewards), is_old=is_old, offset=0.0,
+                              ref_logprobs=ref_logprobs, ref_logprob=ref_logprobs.sum(1),
+                              value=value, advantages=None)
 
 
 # ---------------------------------------------------------------- losses
@@ -239,7 +236,7 @@ def una_binary_bce(policy, batch, beta):
 
 
 def una_score(policy, batch, beta):
-    """Eq. 13."""
+    """Eq. 13; on fresh samples Eq. 9."""
     return una.una_score_loss(implicit_reward(policy, batch, beta), batch.scores)
 
 
@@ -249,8 +246,7 @@ def una_reward(policy, batch, beta):
 
 
 def una_mixed(policy, batch, beta):
-    """Eq. 10, 11 and 13 in one: every pair, label and score of the batch weighs the same. Its
-    pairs have an anchor as una_pair's."""
+    """Eq. 10, 11 and 13 in one: each pair, label and score weighs alike; pairs have an anchor."""
     logprobs = logprob(policy, batch.tokens, batch.mask)
     reward = una.implicit_reward(logprobs, batch.ref_logprob, beta, batch.offset)
     held = una.anchor_loss(logprobs, batch.ref_logprob)
@@ -264,17 +260,15 @@ def una_mixed(policy, batch, beta):
 def dpo(policy, batch, beta):
     """Eq. 5."""
     chosen, rejected = logprob(policy, batch.tokens, batch.mask).chunk(2)
-    ref_chosen, ref_rejected = batch.ref_logprob.chunk(2)
-    return una.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    return una.dpo_loss(chosen, rejected, *batch.ref_logprob.chunk(2), beta)
 
 
 def kto(policy, batch, beta):
     """KTO, its reference point from the same prompts with the responses to others."""
-    its_own = logprob(policy, batch.tokens, batch.mask)
+    own = logprob(policy, batch.tokens, batch.mask)
     with torch.no_grad():
         other = logprob(policy, batch.other_tokens, batch.other_mask)
-    return una.kto_loss(its_own, batch.ref_logprob, batch.labels, other, batch.other_ref_logprob,
-                        beta)
+    return una.kto_loss(own, batch.ref_logprob, batch.labels, other, batch.other_ref_logprob, beta)
 
 
 def una_online(policy, batch, beta):
@@ -286,27 +280,18 @@ def una_online(policy, batch, beta):
     return una.una_reward_loss(reward + offset.flatten(), batch.rewards)
 
 
-def una_online_score(policy, batch, beta):
-    """Eq. 9 on fresh samples."""
-    reward = implicit_reward(policy, batch, beta)
-    return una.una_score_loss(reward, una.implicit_score(batch.rewards))
-
-
 def rloo(policy, batch, beta):
     """Eq. 3 by REINFORCE, with the mean of the prompt's other samples for a baseline."""
     return una.rloo_loss(logprob(policy, batch.tokens, batch.mask), batch.ref_logprob,
                          batch.rewards, batch.per_prompt, beta)
 
 
-PPO_CLIP, PPO_LAMBDA = 0.2, 1.0                     # of ratio and value; of advantages
-
-
-def grpo(policy, batch, beta):
-    """GRPO, one step on a batch, so that every ratio is 1."""
+def grpo(policy, batch, beta, divide=True, k=3):
+    """GRPO, one step on a batch, so that every ratio is 1; divide and k as in una.py."""
     logprobs = logprob(policy, batch.tokens, batch.mask, una.token_logprobs)     # (B, 4)
     return una.grpo_loss(logprobs, logprobs.detach(), batch.ref_logprobs,
-                         una.grpo_advantages(batch.rewards, batch.per_prompt),
-                         batch.mask[:, data.PROMPT_TOKENS:], beta, PPO_CLIP)
+                         una.grpo_advantages(batch.rewards, batch.per_prompt, divide),
+                         batch.mask[:, data.PROMPT_TOKENS:], beta, PPO_CLIP, k)
 
 
 def ppo(policy, batch, beta):
@@ -342,6 +327,7 @@ class Method(NamedTuple):
 
 # The settings are the best cells of the grids of lab/stored.py and lab/online.py.
 OFFSET_TIMES = 10          # a learned f(x) + c has this multiple of the weights' learning rate
+PPO_CLIP, PPO_LAMBDA = 0.2, 1.0                     # of ratio and value; of advantages
 METHODS = {
     "una-pair": Method("pairs", una_pair, 1e-3, 4),
     "una-pair-anchored": Method("pairs", una_pair, 2e-3, 1, anchor=0.01),
@@ -358,7 +344,7 @@ METHODS = {
     "kto": Method("binary", kto, 2e-3, 0.125),
     "una-online": Method("fresh", una_online, 1.2e-2, 1),
     "una-online-stored": Method("fresh", una_online, 1.2e-2, 1, stored=0.25),
-    "una-online-score": Method("fresh", una_online_score, 2e-3, 0.5),
+    "una-online-score": Method("fresh", una_score, 2e-3, 0.5),
     "rloo": Method("fresh", rloo, 1.2e-2, 1),
     "grpo": Method("fresh", grpo, 1.2e-2, 2),
     "ppo": Method("fresh", ppo, 3e-3, 1, value_model=True),
@@ -379,7 +365,7 @@ def align(method, policy, batches, beta, steps, value=None, offsets=None, look=N
         trained = [*trained, offsets]
         groups.append(dict(params=[offsets], times=OFFSET_TIMES))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    start_loss, seconds, began = None, 0.0, time.perf_counter()
+    start_loss, began = None, time.perf_counter()
     for step in range(1, steps + 1):
         batch = next(batches)
         for _ in range(method.epochs):
@@ -387,14 +373,14 @@ def align(method, policy, batches, beta, steps, value=None, offsets=None, look=N
             start_loss = loss.item() if start_loss is None else start_loss
             descend(optimizer, loss, method.learning_rate, step, steps)
         last_loss = loss.item()                                  # waits for the device
-        now = seconds + time.perf_counter() - began
+        seconds = time.perf_counter() - began
         run.show(f"{method.loss.__name__} | step {step} of {steps} | loss {last_loss:.4f} (at "
-                 f"start {start_loss:.4f}) | {now / step * (steps - step):.0f} s left")
+                 f"start {start_loss:.4f}) | {seconds / step * (steps - step):.0f} s left")
         if step in at:
-            look(step, now, last_loss)
-            seconds, began = now, time.perf_counter()
+            look(step, seconds, last_loss)
+            began = time.perf_counter() - seconds
     state = [part for parts in optimizer.state.values() for part in parts.values()]
-    return dict(start_loss=start_loss, loss=last_loss, seconds=now,
+    return dict(start_loss=start_loss, loss=last_loss, seconds=seconds,
                 state_bytes=sum(t.nbytes for t in [*trained, *(p.grad for p in trained), *state]))
 
 
@@ -437,8 +423,7 @@ def begin(method, settings, seed, shared):
 def measured(method, settings, shared, at, policy, batches, value, offsets):
     """Trains what `begin` gave and says what that reached: figures of an entry in results.json.
 
-    at: the steps after which the curve has a point. A run that leaves the numbers says why in
-    "diverged" and has no figures.
+    at: the steps of the curve. A run that leaves the numbers has only "diverged", which says why.
     """
     world, heldout = shared.worlds["train"], shared.worlds["heldout"]
     beta = method.beta_multiple * settings.beta
@@ -465,14 +450,13 @@ def measured(method, settings, shared, at, policy, batches, value, offsets):
         frozen = [model for model in (shared.reference, shared.reward_model) if model]
         told["state_bytes"] += sum(p.nbytes for model in frozen for p in model.parameters())
     else:
-        feedback, few = shared.feedback, slice(CHUNK)
+        feedback = shared.feedback
         pairs = data.take(feedback, feedback.pairs[:CHUNK // 2].T.flatten())
         with torch.no_grad():                                    # apart: under DPO both may fall
             chosen, rejected = implicit_reward(policy, pairs, beta).chunk(2)
             # Over pi_ref's responses this estimates -KL(pi_ref || pi). It falls as pi sharpens, and
             # where probability leaves what was judged.
-            rho = logprob(policy, feedback.tokens[few], feedback.mask[few])
-            rho -= feedback.ref_logprob[few]
+            rho = implicit_reward(policy, data.take(feedback, slice(CHUNK)), beta=1)
         told |= dict(chosen_reward=chosen.mean().item(), rejected_reward=rejected.mean().item(),
                      mean_rho=rho.mean().item(), offsets=offsets.tolist())
     return told | dict(curve=curve)
@@ -509,7 +493,7 @@ def example_responses(model, seed):
 
 
 def save_weights(settings, name, model):
-    state = dict(config=asdict(model.config), weights=model.state_dict())
+    state = dict(config=vars(model.config), weights=model.state_dict())
     if settings.out:
         run.save(os.path.join(settings.out, f"{name}.pt"), lambda path: torch.save(state, path))
 

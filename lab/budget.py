@@ -8,14 +8,13 @@ rules of lab/stored.py; and reward models of the pairs among these, with their e
 from pathlib import Path
 
 from lab import campaign, run
-from lab.campaign import REPORTED_SEEDS, Run, at, results
+from lab.campaign import FEWER, REPORTED_SEEDS, Run, at, results
 
 FEW, SOME, FULL = 1200, 9600, 76_800                             # judged responses
 
 # ---------------------------------------------------------------- what is tuned
-# Grids lie around what earlier ones on tuning seeds had found. With few responses the number of
-# steps matters, since they are seen again and again. Where f(x) + c is right, or an anchor holds
-# the mass, theory has the loss's beta: the task's.
+# With few responses the number of steps matters, since they are seen again and again. Where
+# f(x) + c is right, or an anchor holds the mass, theory has the loss's beta: the task's.
 DPO, ANCHOR, SCORE, BCE = (Run(name, level=1.0) for name in (
     "dpo", "una-pair-anchored", "una-score", "una-binary-bce"))
 LEARNED, SCORE_LEARNED = (key._replace(offset="learned") for key in (BCE, SCORE))
@@ -49,7 +48,7 @@ GRIDS = {key._replace(judged=size): grid for size, grids in {
 MODEL_GRIDS = {Run("reward model", level=1.0, judged=size): dict(
     learning_rate=(rate,), beta_multiple=(1, 2, 4), steps=(steps,))
     for size, steps, rate in ((FEW, 100, 3e-3), (SOME, 400, 1e-3), (FULL, 400, 1e-3))}
-FEWER = REPORTED_SEEDS[:5]                                       # of reward models, for time
+
 
 def without_beta(its):
     """Reward models that differ in their optima's beta alone are one Run."""
@@ -66,20 +65,17 @@ def model_lost(lab, title, runs):
 
 def settle(lab):
     """What budget.json says. It also reports cells of stored.json's grids that are not reported
-    there: the best at the task's beta, the best that have f(x) + c at once and, at level 1, that of
-    scores that learn it."""
+    there: the best at the task's beta, with f(x) + c at once and, at level 1, with it learned."""
     stored = run.read_json(Path(lab.folder, "stored.json"))["tuning"]
     lost, chosen = campaign.tune(lab, GRIDS)
     rows, best = campaign.rows_of(lost, chosen), campaign.best_cell
     told = [at(key, cell) for key, cell in chosen.items()]
-    told += [at(key, best(rows, key, ramp=ramp))
-             for key in (ESTIMATED._replace(judged=FEW), ESTIMATED._replace(judged=SOME))
+    told += [at(key, best(rows, key, ramp=ramp)) for key in chosen if key.offset == "estimated"
              for ramp in (0, 0.5)]
     told.append(at(SCORE_LEARNED, best(stored, SCORE_LEARNED._replace(level=0.0))))
     told += [at(key, best(stored, key, **fixed)) for key, fixed in (
-        (DPO._replace(level=0.0), dict(beta_multiple=1)),
-        (BCE._replace(offset="exact", level=0.0), dict(ramp=0)),
-        (ESTIMATED._replace(level=0.0), dict(ramp=0)))]
+        (Run("dpo"), dict(beta_multiple=1)), (Run("una-binary-bce", "exact"), dict(ramp=0)),
+        (Run("una-score", "estimated"), dict(ramp=0)))]
     runs = results(lab, "reported seeds", [its._replace(seed=seed) for its in dict.fromkeys(told)
                                            for seed in REPORTED_SEEDS])
     lost_models, cells = campaign.tune(lab, MODEL_GRIDS, model_lost)

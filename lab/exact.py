@@ -1,11 +1,5 @@
 """How far a policy is from the truth: every response listed, so that nothing is estimated.
 
-    all_responses, all_logprobs    every response there is, and log pi(y|x) of each
-    World                          what is known of some prompts before any policy: r, pi_ref, J*
-    evaluate                       what a policy reaches there: reward, KL, J, regret, lost
-    lost_parts                     where it lost that: on what was judged, or elsewhere
-    masses                         its probability of each kind of string
-
 X prompts, Y responses. Float64 on the CPU, but for what a model computes in its own precision.
 """
 import math
@@ -30,8 +24,8 @@ def all_responses(vocab_size, max_tokens, eot):
     for n in range(1, max_tokens + 1):
         strings = torch.cartesian_prod(*[words] * n).view(-1, n)                       # (W^n, n)
         depths.append(F.pad(strings, (0, max_tokens - n), value=eot))
-    n_words = torch.cat([torch.full((len(depth),), n) for n, depth in enumerate(depths)])
-    return torch.cat(depths), torch.arange(max_tokens) <= n_words[:, None]
+    tokens = torch.cat(depths)
+    return tokens, torch.arange(max_tokens) <= (tokens != eot).sum(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -46,9 +40,8 @@ def all_logprobs(model, prompt, max_tokens, eot):
         logits = model(tokens, cache)[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    vocab_size = model.config.vocab_size
-    words = torch.tensor([token for token in range(vocab_size) if token != eot]).to(prompt.device)
-    cache = []
+    words = [token for token in range(model.config.vocab_size) if token != eot]
+    words, cache = torch.tensor(words, device=prompt.device), []
     following = next_logprobs(prompt[None])                      # (1, V): behind the prompt
     string_logprob = torch.zeros_like(following[:, 0])           # (N,): log pi(these words|x)
     depths = [following[:, eot]]
@@ -68,8 +61,8 @@ def all_rewards(reward_model, prompt, max_tokens, eot):
     It is read at a response's last token. So each response costs a token, the longest too: some
     seconds for a prompt's 406,901, where all_logprobs takes a fifth of one.
     """
-    words = torch.tensor([token for token in range(reward_model.config.vocab_size) if token != eot])
-    words, end = words.to(prompt.device), torch.tensor([eot], device=prompt.device)
+    words = [token for token in range(reward_model.config.vocab_size) if token != eot]
+    words, end = (torch.tensor(tokens, device=prompt.device) for tokens in (words, [eot]))
 
     def follow(cache, tokens):                                   # N strings, K tokens
         """The value of each string with each token behind it, (N K,), and the cache of these."""
@@ -98,10 +91,9 @@ def policy_logprobs(model, prompts):
     prompts = prompts.to(model.wte.weight.device)
     logprobs = torch.stack([all_logprobs(model, prompt, data.MAX_TOKENS, data.EOT).cpu().double()
                             for prompt in prompts])
-    log_total = logprobs.logsumexp(1, keepdim=True)
     if not logprobs.isfinite().all():
         raise FloatingPointError("the policy's probabilities are not numbers")
-    return logprobs - log_total
+    return logprobs - logprobs.logsumexp(1, keepdim=True)
 
 
 class World:
@@ -177,8 +169,7 @@ def evaluate(world, logprobs):
     objective, optimum = reward - world.beta * kl, world.optimum.mean().item()
     regret = optimum - objective
     return dict(reward=reward, kl=kl, objective=objective, optimum=optimum, regret=regret,
-                lost=regret / world.gain.mean().item(),
-                frontier_reward=frontier_reward(world, kl))
+                lost=regret / world.gain.mean().item(), frontier_reward=frontier_reward(world, kl))
 
 
 def reference_and_optimum(worlds):
@@ -202,8 +193,7 @@ def reward_dots(world, logprobs):
     if and only if the policy is optimal.
     """
     likely = world.ref_logprobs > math.log(1 / 300)
-    implicit = una.implicit_reward(logprobs, world.ref_logprobs, world.beta,
-                                   world.optimum[:, None])
+    implicit = una.implicit_reward(logprobs, world.ref_logprobs, world.beta, world.optimum[:, None])
     return [[round(value, 3) for value in rewards[likely].tolist()]
             for rewards in (world.rewards, implicit)]
 
@@ -240,10 +230,9 @@ def index_of(responses, vocab_size, eot):
 
 def noting(batches, world, judged):
     """The batches as they are; judged (X, Y) becomes True where one of their responses stands."""
-    prompts = world.prompts
     for batch in batches:
         x, y = batch.tokens.cpu().split([data.PROMPT_TOKENS, data.MAX_TOKENS], dim=1)
-        prompt = (x[:, None] == prompts).all(-1).long().argmax(1)
+        prompt = (x[:, None] == world.prompts).all(-1).long().argmax(1)
         judged[prompt, index_of(y, data.ENCODING.n_vocab, data.EOT)] = True
         yield batch
 
@@ -254,8 +243,7 @@ def noting(batches, world, judged):
 #     pi(.|h) = tilt(pi_ref(.|h), Q(h, .), beta).
 # pi is needed behind h alone, so that this is worked out from the last token back.
 def by_token(world, rewards, beta, tilt):
-    """log pi (X, Y) of that policy. tilt: una.k3_optimal_policy of GRPO, una.optimal_policy's first
-    where k2 stands for k3."""
+    """log pi of it, (X, Y). tilt: una.k3_optimal_policy; for k2 una.optimal_policy's first."""
     words = data.ENCODING.n_vocab - 1
     sizes = [words ** n for n in range(data.MAX_TOKENS + 1)]     # prefixes of n words
     ends, value = (part.split(sizes, 1) for part in (world.ref_logprobs, rewards))
@@ -291,8 +279,7 @@ def advantages_in_groups(world, logprobs, n, draws=1000):
 
 
 def by_group(world, beta, tilt, n=None, rounds=12):
-    """by_token with GRPO's advantages for rewards, under the policy itself: in groups of n, or in
-    endless ones."""
+    """by_token of GRPO's advantages under the policy itself: in groups of n, or in endless ones."""
     logprobs = world.ref_logprobs
     for _ in range(rounds):
         if n:
@@ -315,10 +302,7 @@ def tilted(world, b):
 
 
 def frontier_reward(world, kl):
-    """R*(KL): the highest mean reward at this KL.
-
-    KL falls as b grows, so b is found by bisection of log b.
-    """
+    """R*(KL), the highest mean reward at this KL, by bisection of log b: KL falls as b grows."""
     low, high = math.log(1e-3), math.log(1e6)
     for _ in range(60):
         middle = (low + high) / 2

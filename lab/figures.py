@@ -1,8 +1,4 @@
-"""What train.py prints and draws, and the pictures of lab/README.md. Knows no training.
-
-Lost is the share of the possible gain J* - J(pi_ref) that a run ends without: 0 is the exact
-optimum, 1 the reference, more is worse than no training.
-"""
+"""What train.py prints and draws, and the pictures of lab/README.md. Knows no training."""
 import math
 import os
 import textwrap
@@ -17,7 +13,7 @@ from lab.run import save  # noqa: E402
 
 # ---------------------------------------------------------------- text
 def lost(run):
-    """By the judge, on the training prompts; infinite if the run left the numbers."""
+    """The share of the gain missed, by the judge, on training prompts; infinite if it diverged."""
     return math.inf if "diverged" in run else run["train"]["lost"]
 
 
@@ -50,7 +46,7 @@ def table(results):
             "reward", "kl", "objective", "lost", "judged", "unjudged")), entry["heldout"]["lost"],
                 entry.get("seconds", math.nan)]
 
-    lines = [f"{'':<21}" + "".join(f"{heading:>9}" for heading in COLUMNS)]
+    headings = f"{'':<21}" + "".join(f"{heading:>9}" for heading in COLUMNS)
     shown = {}                                                   # figures: methods that share them
     for name, entries in rows(results).items():
         ended = [entry for entry in entries if "diverged" not in entry]
@@ -65,9 +61,8 @@ def table(results):
             text += f"  {len(entries) - len(ended)} of {len(entries)} diverged"
         figures = str([cells(entry)[:-1] for entry in ended]) if ended else name
         shown.setdefault(figures, [[], text])[0].append(name)
-    for names, text in shown.values():
-        lines.append(f"{', '.join(names):<21}{text}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([headings, *(f"{', '.join(names):<21}{text}".rstrip()
+                                  for names, text in shown.values())])
 
 
 def rows(results):
@@ -124,9 +119,9 @@ def label(axes, title, size=10, **words):
 
 def by_method(results):
     """[(name, its look, its runs that ended in numbers)]."""
-    named = dict.fromkeys(run["method"] for run in results["runs"])
-    return [(name, look, [run for run in results["runs"] if run["method"] == name
-                          and "diverged" not in run]) for name, look in zip(named, LOOKS)]
+    named = [*rows(results).items()][1:-1]                       # no reference, no optimum
+    return [(name, look, [run for run in runs if "diverged" not in run])
+            for (name, runs), look in zip(named, LOOKS)]
 
 
 def draw_all(results, folder):
@@ -241,8 +236,8 @@ def draw_judgements(figure, learning):
     where few sizes are. learning: {name: [(responses, what each seed lost)]}."""
     axes = figure.subplots()
     for i, (name, points) in enumerate(learning.items()):
-        judged, lost = np.array([judged for judged, _ in points]) * 1.03 ** (i - 4), [
-            100 * np.array(lost) for _, lost in points]
+        judged = np.array([judged for judged, _ in points]) * 1.03 ** (i - 4)
+        lost = [100 * np.array(lost) for _, lost in points]
         right = name.endswith(("estimated", "once", "learned", "zero", "fresh"))
         axes.plot(judged, [np.median(values) for values in lost], "-" if right else ":",
                   **LOOKS[i], label=name)

@@ -2,11 +2,10 @@
 
     python -m lab online                 goes on where it stopped; an hour and a half on two cores
 
-Rules are those of lab/stored.py. Where a run has no grid of its own it has the cell of the method
-that it varies.
+Rules are those of lab/stored.py. A run without a grid has the cell of the method that it varies.
 """
 from lab import campaign, run
-from lab.campaign import REPORTED_SEEDS, Run, at, results
+from lab.campaign import FEWER, REPORTED_SEEDS, Run, at, results
 
 UNA, STORED, SCORE, PPO, RLOO, GRPO = (Run(name) for name in (
     "una-online", "una-online-stored", "una-online-score", "ppo", "rloo", "grpo"))
@@ -19,7 +18,6 @@ GRIDS = {
 }
 VARIANTS = ("undivided", "undivided, k2")                        # of GRPO
 CURVES = {UNA: 11, PPO: 11}                                      # points of a learning curve
-FEWER = REPORTED_SEEDS[:5]                                       # of variants, for time
 
 
 def knobs(key, chosen, **more):
@@ -49,9 +47,8 @@ def settle(lab):
     runs, more = reported(chosen)
     told = [its._replace(seed=seed) for its in runs for seed in REPORTED_SEEDS]
     told += [its._replace(seed=seed) for its in more for seed in FEWER]
-    grpo = [its for its in dict.fromkeys(its._replace(seed=0, points=1) for its in told)
-            if its.method == "grpo"]
-    theory = results(lab, "theory", [its._replace(method="theory", seed=seed) for its in grpo
+    theory = results(lab, "theory", [its._replace(method="theory", seed=seed)
+                                     for its in runs + more if its.method == "grpo"
                                      for seed in FEWER])
     for entry in theory:
         entry["method"] = "grpo"

@@ -22,6 +22,7 @@ STORED = tuple(name for name in METHODS if name not in FRESH)
 ONLINE = ("una-online", "ppo")
 BROKEN = ("no word", "wrong word", "no end")                     # kinds of strings
 SIZES = (1200, 9600, 76_800)                                     # judged responses
+AT_ONCE, BY_PATH = dict(ramp=0), dict(ramp=0.5)                  # how f(x) + c gets there
 
 
 # ---------------------------------------------------------------- which runs
@@ -35,9 +36,9 @@ def read(folder):
     told = {name: read_json(Path(folder, f"{name}.json"))
             for name in ("stored", "online", "budget", "noise")}
     for file in told.values():
-        for entry in (entry for kind in ("tuning", "runs", "models", "theory")
-                      for entry in file.get(kind, ())):
-            entry |= entry["cell"] | dict(method=name_of(**entry))
+        for kind in ("tuning", "runs", "models", "theory"):
+            for entry in file.get(kind, ()):
+                entry |= entry["cell"] | dict(method=name_of(**entry))
     told["main"] = told["stored"] | dict(runs=[run for name in METHODS for run in reported(
         told["online" if name in FRESH else "stored"], name)])
     return told
@@ -54,23 +55,21 @@ def pick(runs, **fields):
     return [run for run in runs if fields.items() <= run.items()]
 
 
-def reported(file, name, level=0.0, reward="judge", judged=None, **fields):
+def reported(file, name, level=0.0, reward="judge", judged=SIZES[-1], **fields):
     """Runs, one a seed; where a name has several cells, those in its best."""
-    judged = judged or max([run["judged"] for run in file["runs"]])
     runs = pick(file["runs"], method=name, level=level, reward=reward, judged=judged, **fields)
-    cells = [run["cell"] for run in runs]
     best = [{knob: value for knob, value in row["cell"].items() if knob != "steps"}
             for row in pick(file["tuning"], method=name, judged=judged, best=True)]
-    cell = next((cell for cell in cells if cell in best), cells[0] if cells else None)
-    return [run for run in runs if run["cell"] == cell]
+    runs = [run for run in runs if run["cell"] in best] or runs
+    return [run for run in runs if run["cell"] == runs[0]["cell"]]
 
 
 def lost(runs):
     return [figures.lost(run) for run in runs]
 
 
-def parts(runs, part):
-    return [run["train"].get(part, math.nan) for run in runs if "diverged" not in run]
+def ended(runs):
+    return [run for run in runs if "diverged" not in run]
 
 
 def seconds(runs):
@@ -78,8 +77,7 @@ def seconds(runs):
 
 
 def seconds_until(run, allowed=0.01):
-    """When a share of the gain at most is still lost. Between two points of the curve log lost is
-    taken as linear."""
+    """When at most `allowed` of the gain is lost; log lost is linear between the curve's points."""
     curve = run.get("curve", ())
     points = [(point["seconds"], -math.log(point["regret"] / curve[0]["regret"]))
               for point in curve]
@@ -113,7 +111,8 @@ def shares(values):
 
 
 def medians(runs, *of):
-    return [percent(median(parts(runs, part)), ".2g") for part in of]
+    return [percent(median(run["train"].get(part, math.nan) for run in ended(runs)), ".2g")
+            for part in of]
 
 
 def lost_and_parts(runs):
@@ -169,13 +168,13 @@ OFFSETS = (
     ("scores: 0, `una-score`", "una-score", {}),
     ("… learned, from 0", "una-score, from zero", {}),
     ("… learned, from where it is balanced: `una-score-learned`", "una-score-learned", {}),
-    ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
-    ("… estimated, by the path", "una-score-estimated", dict(ramp=0.5)),
+    ("… estimated, at once", "una-score-estimated", AT_ONCE),
+    ("… estimated, by the path", "una-score-estimated", BY_PATH),
     ("labels: 0, `una-binary-bce`", "una-binary-bce", {}),
     ("… learned, from 0", "una-binary-bce, from zero", {}),
     ("… learned, from where it is balanced: `una-binary-learned`", "una-binary-learned", {}),
-    ("… the exact β log Z(x), at once", "una-binary-bce, exact", dict(ramp=0)),
-    ("… the exact β log Z(x), by the path", "una-binary-bce, exact", dict(ramp=0.5)))
+    ("… the exact β log Z(x), at once", "una-binary-bce, exact", AT_ONCE),
+    ("… the exact β log Z(x), by the path", "una-binary-bce, exact", BY_PATH))
 
 
 def stored_tables(stored):
@@ -185,11 +184,11 @@ def stored_tables(stored):
         runs = reported(stored, name)
         kinds.append([code(name), shares(lost(runs)), bad(lost(runs)),
                       *medians(runs, "judged", "unjudged", "unjudged_mass"),
-                      shares([run["heldout"]["lost"] for run in runs if "diverged" not in run])])
-        runs = [run for run in runs if "diverged" not in run]
-        broken = [sum(run["heldout"]["mass"][kind] for kind in BROKEN) for run in runs]
-        masses.append([code(name), *(shares([run["train"]["mass"][kind] for run in runs])
-                                     for kind in (*BROKEN, "wrong noun")), shares(broken)])
+                      shares([run["heldout"]["lost"] for run in ended(runs)])])
+        masses.append([code(name), *(shares([run["train"]["mass"][kind] for run in ended(runs)])
+                                     for kind in (*BROKEN, "wrong noun")),
+                       shares([sum(run["heldout"]["mass"][kind] for kind in BROKEN)
+                               for run in ended(runs)])])
     paths = [["f(x) + c", "level 0: lost", "judged + unjudged", "level 1: lost", "off β log Z by"]]
     for words, name, fields in OFFSETS:
         both = [reported(stored, name, level, **fields) for level in (0.0, 1.0)]
@@ -225,11 +224,11 @@ def claims_table(told):
             reported(file, ours, **fields), reported(file, theirs, **fields), verdicts)]
 
     mse, bce, score, kto = "una-binary-mse", "una-binary-bce", "una-score", "kto"
-    pair, dpo = (reported(stored, name) for name in ("una-pair", "dpo"))
+    pair, dpo = (ended(reported(stored, name)) for name in ("una-pair", "dpo"))
     ours, theirs = (reported(online, name) for name in ONLINE)
     off = max(abs(a["train"][figure] - b["train"][figure]) for a, b in zip(pair, dpo)
               for figure in ("reward", "kl", "objective", "judged"))
-    states = [median(run["state_bytes"] for run in of) for of in (ours, theirs)]
+    states = [median(run["state_bytes"] for run in ended(of)) for of in (ours, theirs)]
     spread = [max(lost(of)) - min(lost(of)) for of in (ours, theirs)]
     yes_or_no, can = ("does not", "replicates"), (
         "it can, and loses less", "it can, but loses more", "it can; no difference shown")
@@ -272,8 +271,7 @@ SAMPLES = (("`una-online`", "una-online", {}),
            ("… 4 of 16 stored: `una-online-stored`", "una-online-stored", {}),
            ("… 8 of 16 stored", "una-online-stored", dict(stored=0.5)),
            ("… 4 of 16, f(x) + c of fresh ones alone", "una-online-stored", dict(loss="own mean")),
-           ("`rloo`, 4 of 16, importance weights", "rloo",
-            dict(stored=0.25, loss="weighted rloo")),
+           ("`rloo`, 4 of 16, importance weights", "rloo", dict(stored=0.25, loss="weighted rloo")),
            ("`ppo`", "ppo", {}), ("… 4 of 16 stored", "ppo", dict(stored=0.25)),
            ("… 4 of 16, importance weights", "ppo", dict(stored=0.25, loss="weighted ppo")))
 GRPO = (("as in its paper", {}), ("advantages not divided", dict(loss="undivided")),
@@ -290,7 +288,7 @@ def online_tables(online):
     rows = [["method", "lost", "above 100 %", "judged", "unjudged", "seconds", "state"]]
     for name, reward in [(name, "judge") for name in FRESH] + [(name, "model") for name in ONLINE]:
         runs = reported(online, name, reward=reward)
-        state = number(median(run["state_bytes"] for run in runs) / 1e6)
+        state = number(median(run["state_bytes"] for run in ended(runs)) / 1e6)
         rows.append([code(name, *["reward model"] * (reward == "model")), shares(lost(runs)),
                      bad(lost(runs)), *medians(runs, "judged", "unjudged"),
                      number(median(seconds(runs))), f"{state} MB"])
@@ -314,20 +312,17 @@ BUDGET = (("pairs: `dpo`", "dpo", {}),
           ("labels: f(x) + c = 0, `una-binary-bce`", "una-binary-bce", {}),
           ("… learned: `una-binary-learned`", "una-binary-learned", {}),
           ("scores: 0, `una-score`", "una-score", {}),
-          ("… estimated, at once", "una-score-estimated", dict(ramp=0)),
-          ("… estimated, by the path: `una-score-estimated`", "una-score-estimated",
-           dict(ramp=0.5)),
+          ("… estimated, at once", "una-score-estimated", AT_ONCE),
+          ("… estimated, by the path: `una-score-estimated`", "una-score-estimated", BY_PATH),
           ("… learned: `una-score-learned`", "una-score-learned", {}),
           ("… learned, from 0", "una-score, from zero", {}))
 OTHER_CELLS = (("`dpo` at the task's β", "dpo", dict(beta_multiple=1)),
-               ("labels with the exact β log Z(x), at once", "una-binary-bce, exact",
-                dict(ramp=0)),
-               ("scores with the estimate, at once", "una-score-estimated", dict(ramp=0)))
+               ("labels with the exact β log Z(x), at once", "una-binary-bce, exact", AT_ONCE),
+               ("scores with the estimate, at once", "una-score-estimated", AT_ONCE))
 
 
 def at_size(told, name, size, **fields):
-    """Runs at level 1: budget.json's or else stored.json's, where pairs, which do not see levels,
-    have level 0."""
+    """Runs at level 1: budget.json's, or stored.json's. Pairs see no level, and have 0 there."""
     level = 0.0 if name in ("dpo", "una-pair-anchored") else 1.0
     return (reported(told["budget"], name, 1.0, judged=size, **fields)
             or reported(told["stored"], name, level, judged=size, **fields))
@@ -357,12 +352,12 @@ def budget_tables(told):
 
 def learning(told):
     """{line: [(judged responses, what each seed lost)]}, of online methods on their way."""
-    found = {name + " at once" * (fields == dict(ramp=0)): [
+    found = {name + " at once" * (fields == AT_ONCE): [
         (size, lost(runs)) for size in SIZES if (runs := at_size(told, name, size, **fields))]
         for _, name, fields in BUDGET}
     for name in ONLINE:
         runs = reported(told["online"], name)
-        curves = [run["curve"] for run in runs if "diverged" not in run]
+        curves = [run["curve"] for run in ended(runs)]
         found[f"{name}, fresh"] = [
             (points[0]["step"] * runs[0]["judged"] // runs[0]["steps"],
              [point["regret"] / curve[0]["regret"] for point, curve in zip(points, curves)]
@@ -371,24 +366,23 @@ def learning(told):
 
 
 # ---------------------------------------------------------------- noise.json
-# Which runs without noise stand beside which with it. At the task's beta these are dpo's.
-NOISE = (("pairs at the task's β, each in its best cell", "una-pair", {},
-          "budget", "dpo", dict(beta_multiple=1)),
-         ("… in the best cell with noise", "una-pair", dict(learning_rate=5e-4),
-          "budget", "dpo", dict(beta_multiple=1)),
-         ("… with an anchor: `una-pair-anchored`", "una-pair-anchored", {},
-          "stored", "una-pair-anchored", {}),
-         ("labels with the exact β log Z(x), by the path", "una-binary-bce, exact", {},
-          "stored", "una-binary-bce, exact", dict(ramp=0.5)),
-         ("`una-mixed-estimated`", "una-mixed-estimated", {}, "stored", "una-mixed-estimated", {}))
+# Beside runs without noise stand those of the same name with it; of pairs at the task's beta dpo's.
+NOISE = (("pairs at the task's β, each in its best cell", "una-pair", {}),
+         ("… in the best cell with noise", "una-pair", dict(learning_rate=5e-4)),
+         ("… with an anchor: `una-pair-anchored`", "una-pair-anchored", {}),
+         ("labels with the exact β log Z(x), by the path", "una-binary-bce, exact", {}),
+         ("`una-mixed-estimated`", "una-mixed-estimated", {}))
 
 
 def noise_table(told):
     rows = [["feedback", "as drawn: lost", "judged + unjudged", "without noise: lost",
              "judged + unjudged"]]
-    return rows + [[words, *lost_and_parts(reported(told[file], other, **its)),
-                    *lost_and_parts(reported(told["noise"], name, **fields))]
-                   for words, name, fields, file, other, its in NOISE]
+    for words, name, fields in NOISE:
+        drawn = (reported(told["budget"], "dpo", beta_multiple=1) if name == "una-pair"
+                 else reported(told["stored"], name))
+        rows.append([words, *lost_and_parts(drawn),
+                     *lost_and_parts(reported(told["noise"], name, **fields))])
+    return rows
 
 
 # ---------------------------------------------------------------- the page

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import una
+from lab.exact import kl_divergence
 from lab.figures import COLORS, picture
 
 BETA, REWARDS = 0.5, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
@@ -22,8 +23,7 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS
 
 
 def lost(logprobs):
-    missed = [(p.exp() * (p - BEST)).sum(-1) for p in (logprobs, REF)]
-    return missed[0] / missed[1]
+    return kl_divergence(logprobs, BEST) / kl_divergence(REF, BEST)
 
 
 # ---------------------------------------------------------------- losses: log pi (3,) to a number

@@ -70,18 +70,9 @@ def ppo_weighted(policy, batch, beta):
     return train.ppo(policy, batch, beta)
 
 
-def grpo_undivided(k):
-    """train.grpo without the division by the spread of rewards, k for the KL's estimate."""
-    def loss(policy, batch, beta):
-        logprobs = train.logprob(policy, batch.tokens, batch.mask, una.token_logprobs)
-        advantages = una.grpo_advantages(batch.rewards, batch.per_prompt, divide=False)
-        return una.grpo_loss(logprobs, logprobs.detach(), batch.ref_logprobs, advantages,
-                             batch.mask[:, data.PROMPT_TOKENS:], beta, train.PPO_CLIP, k)
-    return loss
-
-
 LOSSES = {"own mean": una_online_own, "weighted rloo": rloo_weighted, "weighted ppo": ppo_weighted,
-          "undivided": grpo_undivided(3), "undivided, k2": grpo_undivided(2),
+          "undivided": lambda *of: train.grpo(*of, divide=False),
+          "undivided, k2": lambda *of: train.grpo(*of, divide=False, k=2),
           "labels": label_chances, "pairs": pair_chances, "mixed": mixed_chances}
 
 
@@ -133,13 +124,14 @@ def trained(its, settings, shared):
     method, feedback = method_of(its), shared.feedback
     beta = method.beta_multiple * settings.beta
     policy, batches, value, offsets = train.begin(method, settings, its.seed, shared)
-    truth = beta_log_z(shared.worlds["train"], beta)             # at the loss's beta
+    world = shared.worlds["train"]
+    _, truth = una.optimal_policy(world.ref_logprobs, world.rewards, beta)   # at the loss's beta
     if its.offset == "exact":
         offsets.copy_(truth)
     if its.offset == "from zero":
         offsets.detach().zero_()
     if dict(its.cell).get("collapsed"):
-        collapse(policy, shared.worlds["train"])
+        collapse(policy, world)
     apart = 32 ** (1 / max(1, its.points - 1))                   # geometric, from steps / 32 on
     at = {max(1, round(its.steps / apart ** i)) for i in range(its.points)}
     told = train.measured(method, settings, shared, at, policy, batches, value, offsets)
@@ -158,18 +150,12 @@ def trained(its, settings, shared):
     return told | dict(method_beta=beta)
 
 
-def beta_log_z(world, beta):
-    return una.optimal_policy(world.ref_logprobs, world.rewards, beta)[1]
-
-
 def grpo_theory(its, world, n):
     """Where its cell of GRPO stands still, worked out and not trained: "train" in endless groups,
     "grouped" in groups of n. Without division a group's own mean takes 1/n off A, and no more."""
-    cell, told, tilt = dict(its.cell), {}, una.k3_optimal_policy
-    beta = cell["beta_multiple"] * world.beta
-    if cell.get("loss") == "undivided, k2":
-        def tilt(*of):
-            return una.optimal_policy(*of)[0]
+    cell, told = dict(its.cell), {}
+    beta, k2 = cell["beta_multiple"] * world.beta, cell.get("loss") == "undivided, k2"
+    tilt = (lambda *of: una.optimal_policy(*of)[0]) if k2 else una.k3_optimal_policy
     for name, size in (("train", None), ("grouped", n)):
         if "loss" in cell:
             rewards = world.rewards * (1 - 1 / size if size else 1)

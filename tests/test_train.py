@@ -213,7 +213,7 @@ def test_eq07_eq09_online_take_the_mean_residual_of_a_prompts_samples_for_f_and_
     slopes = [gradient_in(policy, of.mean()) for of in (loss, expected)]
     assert all(map(near, *slopes)) and max(slope.abs().max() for slope in slopes[0]) > 1e-2
     scores = (torch.sigmoid(0.25 * rho) - torch.sigmoid(batch.rewards)) ** 2
-    assert near(train.una_online_score(policy, batch, 0.25), scores)
+    assert near(train.una_score(policy, batch, 0.25), scores)
 
 
 def test_the_real_loop_reaches_the_closed_form_optimum_in_a_world_of_15_responses(monkeypatch):
