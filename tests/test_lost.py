@@ -12,38 +12,26 @@ from lab import exact
 from toy import small
 
 
-def world_of(rewards, ref_logprobs, beta):
-    _, optimum = una.optimal_policy(ref_logprobs, rewards, beta)
-    return SimpleNamespace(rewards=rewards, ref_logprobs=ref_logprobs, beta=beta, optimum=optimum,
-                           gain=optimum - exact.expect(ref_logprobs, rewards))
-
-
 def test_lost_is_split_by_the_chain_rule_of_kl_in_brute_force_over_15_responses():
-    normal = normals(4)
-    rewards, beta = normal(2, 15), 0.4
-    ref, policy = (normal(2, 15).log_softmax(-1) for _ in range(2))
-    world, judged = world_of(rewards, ref, beta), normal(2, 15) > 0.3
-    best, _ = una.optimal_policy(ref, rewards, beta)
-
-    def kl(p, q):
-        return sum(a * (a / b).log() for a, b in zip(p, q)).item()
-    parts, outside, unit = [0.0, 0.0], 0.0, 0.0
+    (rewards, ref, policy, judged), beta = normals(4)(4, 2, 15), 0.4
+    ref, policy, judged = ref.log_softmax(-1), policy.log_softmax(-1), judged > 0.3
+    best, optimum = una.optimal_policy(ref, rewards, beta)
+    J = lambda logprobs: una.rlhf_objective(logprobs, ref, rewards, beta)
+    world = SimpleNamespace(rewards=rewards, ref_logprobs=ref, beta=beta, gain=optimum - J(ref))
+    kl = lambda p, q: sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
+    within, beyond, outside, unit = torch.zeros(4).double()
     for p, q, start, there in zip(policy.exp(), best.exp(), ref.exp(), judged):
         m, m_best = p[there].sum(), q[there].sum()
-        both = torch.stack([m, 1 - m]), torch.stack([m_best, 1 - m_best])
-        within, beyond = kl(p[there] / m, q[there] / m_best), kl(p[~there] / (1 - m),
-                                                                 q[~there] / (1 - m_best))
-        parts[0] += m.item() * within
-        parts[1] += kl(*both) + (1 - m.item()) * beyond
-        outside, unit = outside + (1 - m).item() / 2, unit + kl(start, q)
-    told = exact.lost_parts(world, policy, judged)
-    assert told["judged"] == pytest.approx(parts[0] / unit, abs=1e-12)
-    assert told["unjudged"] == pytest.approx(parts[1] / unit, abs=1e-12)
-    assert told["unjudged_mass"] == pytest.approx(outside, abs=1e-12)
-    regret = (world.optimum - una.rlhf_objective(policy, ref, rewards, beta)).mean()
-    lost = (regret / world.gain.mean()).item()
-    assert told["judged"] + told["unjudged"] == pytest.approx(lost, abs=1e-12)
-    assert min(parts) > 0.05 * unit                              # neither is trivial here
+        within += m * kl(p[there] / m, q[there] / m_best)
+        beyond += kl([m, 1 - m], [m_best, 1 - m_best])
+        beyond += (1 - m) * kl(p[~there] / (1 - m), q[~there] / (1 - m_best))
+        outside += (1 - m) / 2
+        unit += kl(start, q)
+    parts = dict(judged=(within / unit).item(), unjudged=(beyond / unit).item())
+    lost = ((optimum - J(policy)).mean() / (optimum - J(ref)).mean()).item()
+    assert sum(parts.values()) == pytest.approx(lost) and min(parts.values()) > 0.05
+    assert exact.lost_parts(world, policy, judged) == pytest.approx(
+        parts | dict(unjudged_mass=outside.item()), abs=1e-12)
     for which, all_or_none in (("unjudged", torch.zeros_like), ("judged", torch.ones_like)):
         told = exact.lost_parts(world, policy, all_or_none(judged))
         assert told[which] == pytest.approx(lost, abs=1e-12)

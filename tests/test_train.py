@@ -170,14 +170,12 @@ def test_una_mixed_is_the_three_losses_with_every_item_weighing_the_same():
 
 def test_kto_estimates_its_kl_from_the_responses_to_other_prompts():
     # This way round, as rho is then positive on the responses.
-    policy, reference, feedback = small().reference, moved(small().reference), small().feedback
-    x, y = feedback.tokens.split([3, 2], 1)                      # x_i with y_{i-2}, by hand
-    own = rho_of(policy, reference, feedback.tokens, feedback.mask)
-    other = rho_of(policy, reference, torch.cat([x, y.roll(2, 0)], 1), feedback.mask.roll(2, 0))
-    ref_logprob = train.logprob_in_chunks(reference, feedback.tokens, feedback.mask)
-    batch = changed(feedback, ref_logprob=ref_logprob, other_ref_logprob=train.logprob_in_chunks(
-        reference, feedback.other_tokens, feedback.other_mask))
-    expected, wrong = ((feedback.labels - torch.sigmoid(0.25 * (own - rho.mean().clamp(0)))).abs()
+    policy, reference, batch = small().reference, moved(small().reference), small().feedback
+    own, other = [(batch.tokens, batch.mask), (batch.other_tokens, batch.other_mask)]
+    batch = changed(batch, ref_logprob=train.logprob_in_chunks(reference, *own),
+                    other_ref_logprob=train.logprob_in_chunks(reference, *other))
+    own, other = (rho_of(policy, reference, *rows) for rows in (own, other))
+    expected, wrong = ((batch.labels - torch.sigmoid(0.25 * (own - rho.mean().clamp(0)))).abs()
                        for rho in (other, own))
     assert near(train.kto(policy, batch, 0.25), expected, 1e-5) and not near(expected, wrong, 1e-4)
 
