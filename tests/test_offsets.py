@@ -15,7 +15,6 @@ from toy import FLAGS
 STORED = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
 WITH_OFFSET = [name for name in STORED if name.endswith(("-estimated", "-learned"))]
 ALONE = [name for name in WITH_OFFSET if "mixed" not in name]     # of one kind of feedback
-ESTIMATED = [name for name in WITH_OFFSET if name.endswith("-estimated")]
 pytestmark = pytest.mark.usefixtures("language")                 # of toy.py
 
 
@@ -69,8 +68,7 @@ def run(name, steps=3, first=None):
 @pytest.mark.parametrize("name", STORED)
 def test_eq04_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
     method, batch = train.METHODS[name], everything()
-    assert (method.offset != "zero") == (name in WITH_OFFSET)
-    assert (method.offset == "estimated") == (name in ESTIMATED)
+    assert method.offset == (name.split("-")[-1] if name in WITH_OFFSET else "zero")
     for beta in (0.25, 1.0):
         offsets = train.start_offsets(method, batch, beta)
         expected = (estimates(batch, beta, name) if method.offset == "estimated" else
@@ -128,6 +126,7 @@ def test_offsets_are_reported_as_they_are_at_the_end():
     for name in ("una-score", "una-score-estimated", "una-score-learned"):
         entry = train.run_method(settings(), 0, name, prepared())
         assert entry["offsets"] == run(name)[1].tolist()
+    assert train.begin(train.METHODS["una-online"], settings(), 0, prepared())[3] is None
 
 
 def written_out(name, batch, logit):
