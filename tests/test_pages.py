@@ -104,12 +104,11 @@ def percent(shares):
                                       in (100 * of(shares) for of in (median, min, max))))
 
 
-def lost(file, method, offset="zero", level=0.0, judged=76_800, part="lost", split="train",
-         **fields):
+def lost(file, method, offset="zero", level=0.0, judged=76_800, part="lost", **fields):
     """What a method's runs lost, from the file itself."""
     fields = dict(method=method, level=level, offset=offset, judged=judged, reward="judge",
                   loss=None) | fields                            # another loss is a knob of a cell
-    found = [entry[split][part] for entry in RAW[file]["runs"]
+    found = [entry["train"][part] for entry in RAW[file]["runs"]
              if fields.items() <= (entry | dict(loss=None) | entry["cell"]).items()]
     assert len(found) == 8
     return found

@@ -113,9 +113,8 @@ def test_stored_batches_deal_each_response_once_with_what_the_feedback_says_of_i
         again, other = (first_batches(1, kind, 24, seed)[0].row for seed in (0, 1))
         assert torch.equal(again, batches[0].row) and not torch.equal(other, again), kind
         for batch in batches:
-            for name in ("tokens", "mask", "labels", "scores", "ref_logprob", "prompt", "offset"):
-                said = getattr(feedback, name)[batch.row]
-                assert torch.equal(getattr(batch, name), said), (kind, name)
+            for name, part in vars(feedback).items():
+                assert name == "pairs" or torch.equal(getattr(batch, name), part[batch.row]), name
             assert len(batch.row) == 24 or kind == "mixed", kind
             if kind == "pairs":
                 assert {*zip(*batch.row.view(2, -1).tolist())} <= pairs
@@ -348,13 +347,12 @@ def test_a_level_is_in_all_but_pairs_and_a_reward_model_judges_fresh_samples(tin
 
 
 def test_what_has_ended_is_on_disk_whatever_happens_next(short, tmp_path, capsys, monkeypatch):
-    def change(name, **how):
-        monkeypatch.setitem(train.METHODS, name, train.METHODS[name]._replace(**how))
     why = {"kto": "loss is nan", "una-score": "", "una-online-score": "are not numbers"}
-    change("kto", loss=lambda *of: train.kto(*of) * math.nan)
-    for name in ("una-score", "una-online-score"):               # in the weights, soon everywhere
-        change(name, learning_rate=1e39)
-    change("una-pair", loss=mock.Mock(side_effect=KeyboardInterrupt))
+    wrong = dict(learning_rate=1e39)                             # in the weights, soon everywhere
+    for name, how in {"kto": dict(loss=lambda *of: train.kto(*of) * math.nan), "una-score": wrong,
+                      "una-online-score": wrong,
+                      "una-pair": dict(loss=mock.Mock(side_effect=KeyboardInterrupt))}.items():
+        monkeypatch.setitem(train.METHODS, name, train.METHODS[name]._replace(**how))
     status, results = short(tmp_path, f"--methods dpo,{','.join(why)}")
     out, err = capsys.readouterr()
     assert status == 1 and [entry["method"] for entry in results["runs"]] == ["dpo", *why]
