@@ -2,6 +2,7 @@
 listed, in float64: each mean is a sum, and nothing is sampled. And what stands on it: RLOO, GRPO,
 and stored samples among fresh ones."""
 import copy
+import itertools
 import math
 import statistics
 
@@ -117,16 +118,12 @@ def token_loss(world, rewards, k):
     responses to each prompt, each as often as pi gives it, with A = r."""
     words = data.ENCODING.n_vocab - 1
     responses, mask = exact.all_responses(words + 1, data.MAX_TOKENS, data.EOT)
-    first = (responses[:, :1] + 1).clamp(max=words)              # the prefix of a second token
-
-    def tokens(theta):
-        p = theta.log_softmax(-1)
-        return torch.stack([p[:, 0, responses[:, 0]], p[:, first[:, 0], responses[:, 1]]], 2)
-
-    ref = prefix_logits(world.ref_logprobs)
+    first = (responses[:, 0] + 1).clamp(max=words)               # the prefix of a second token
+    tokens = lambda behind: torch.stack([behind[:, 0, responses[:, 0]],
+                                         behind[:, first, responses[:, 1]]], 2).where(mask, 0.0)
 
     def loss(theta):
-        p, q = tokens(theta).where(mask, 0.0), tokens(ref).where(mask, 0.0)
+        p, q = tokens(theta.log_softmax(-1)), tokens(prefix_logits(world.ref_logprobs))
         every = [part.flatten(0, 1) for part in (p, p.detach(), q)]
         lost = una.grpo_loss(*every, rewards.flatten(), mask.repeat(len(p), 1), BETA, 0.2, k)
         return lost * mask.sum(1).repeat(len(p)) * p.sum(2).flatten().detach().exp()
@@ -166,10 +163,9 @@ def test_grpo_stands_still_where_each_token_is_tilted_by_what_it_leads_to(tree):
 def test_grpo_divided_stands_still_where_beta_is_times_the_spread_of_its_own_rewards(tree):
     world = small().worlds["train"]
     policy = exact.by_group(world, BETA, una.k3_optimal_policy, rounds=60)
-    spread = [(p * (r - (p * r).sum()) ** 2).sum().sqrt() for p, r in zip(
-        policy.exp(), world.rewards)]
-    scaled = world.rewards / torch.stack(spread)[:, None]
-    for rewards, still in ((scaled, True), (world.rewards, False)):
+    p, r = policy.exp(), world.rewards
+    spread = ((p * r ** 2).sum(1) - (p * r).sum(1) ** 2).sqrt()
+    for rewards, still in ((r / spread[:, None], True), (r, False)):
         slope = gradient(token_loss(world, rewards, 3), prefix_logits(policy)).abs().max()
         assert (slope < 1e-6) == still
 
@@ -181,12 +177,11 @@ def test_grpo_in_groups_has_the_mean_advantage_of_a_reward_among_others_of_the_p
     drawn = world.ref_logprobs.exp().multinomial(40_000 * n, True)           # whole responses
     rewards = world.rewards.gather(1, drawn)
     advantages = una.grpo_advantages(rewards.flatten(), n).view(rewards.shape)
-    for x in range(len(rewards)):
-        for value in rewards[x].unique():
-            seen = advantages[x][rewards[x] == value]
-            if len(seen) > 1000:
-                off = 5 * seen.std() * (len(seen) ** -0.5 + 20_000 ** -0.5)
-                assert (told[x][world.rewards[x] == value] - seen.mean()).abs().max() < off
+    for x, value in itertools.product(range(len(rewards)), rewards.unique()):
+        seen = advantages[x][rewards[x] == value]
+        if len(seen) > 1000:
+            off = 5 * seen.std() * (len(seen) ** -0.5 + 20_000 ** -0.5)
+            assert (told[x][world.rewards[x] == value] - seen.mean()).abs().max() < off
     assert not close(told, world.rewards / world.rewards.std(), 0.1)         # no straight line
 
 

@@ -146,7 +146,6 @@ def test_the_pages_tables_are_what_fill_writes():
     assert tables.filled(LAB, TABLES) == LAB
     assert sorted(re.findall(r"<!-- (?!end)(\w+) -->", LAB)) == sorted(TABLES)
     assert tables.filled(LAB, dict(TABLES, masses="| a |")) != LAB
-    assert tables.filled(LAB, {}) == LAB
 
 
 def test_every_number_with_a_range_in_the_prose_is_a_cell():
