@@ -1,6 +1,9 @@
-"""lab/exact.py: every response, and what a policy reaches, against brute force and Eq. 3."""
+"""lab/exact.py: every response, what a policy reaches, and where it lost the rest, against brute
+force and Eq. 3. And why pairs leak."""
 import itertools
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 import data
 import train
 import una
-from helpers import close, gpt, moved, near, random_tokens, toy_gpt
+from helpers import close, gpt, gradient, moved, near, normals, random_tokens, toy_gpt
 from lab import exact
 from lab.exact import all_logprobs, all_responses
 from model import ScalarGPT
@@ -33,11 +36,11 @@ def test_all_responses_are_the_strings_cut_behind_their_first_end_406901_in_the_
         expected = set()
         for string in itertools.product(range(vocab_size), repeat=max_tokens):
             length = string.index(eot) + 1 if eot in string else max_tokens
-            expected.add((string[:length] + (eot,) * (max_tokens - length),
-                          tuple(n < length for n in range(max_tokens))))
-        rows = [(tuple(t), tuple(m)) for t, m in zip(tokens.tolist(), mask.tolist(), strict=True)]
-        assert {*rows} == expected and len(rows) == len(expected)
-        assert ((tokens != eot).sum(1).diff() >= 0).all()        # shortest first
+            expected.add(string[:length] + (eot,) * (max_tokens - length))
+        assert sorted(map(tuple, tokens.tolist())) == sorted(expected)
+        n_words = (tokens != eot).sum(1)
+        assert (n_words.diff() >= 0).all()                       # shortest first
+        assert torch.equal(mask, torch.arange(max_tokens) <= n_words[:, None])
     tokens, _ = all_responses(data.ENCODING.n_vocab, data.MAX_TOKENS, data.EOT)
     assert len((tokens * 26 ** torch.arange(4)).sum(1).unique()) == len(tokens) == 406_901
     for prompt, rewards in zip(world.prompts, world.rewards):
@@ -45,11 +48,8 @@ def test_all_responses_are_the_strings_cut_behind_their_first_end_406901_in_the_
 
 
 def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models_device():
-    for eot, max_tokens in itertools.product((0, 1, 2), (1, 2, 3)):
-        logprobs = all_logprobs(gpt(3), torch.tensor([0, 2, 1]), max_tokens, eot)
-        assert len(logprobs) == 2 ** (max_tokens + 1) - 1 and logprobs.dtype == torch.float64
-        assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-10)
     expected = all_logprobs(gpt(noise=0.2), random_tokens(3), 3, 2)
+    assert expected.exp().sum().item() == pytest.approx(1, abs=1e-10)
     for dtype, off in ((torch.bfloat16, 0.1), (torch.float16, 0.05), (torch.float32, 1e-5)):
         logprobs = all_logprobs(gpt(noise=0.2).to(dtype), random_tokens(3), 3, 2)
         assert logprobs.dtype == torch.float32 and near(logprobs.double(), expected, off)
@@ -68,13 +68,13 @@ def test_probabilities_of_all_add_up_to_one_in_every_precision_and_on_the_models
 def test_all_logprobs_and_all_rewards_are_those_of_whole_responses_without_a_cache(language):
     # 12 ** 2 strings of two words: too many for one pass of all_rewards.
     model, scalar = gpt(13), moved(ScalarGPT(gpt(13)).double())
-    for prompt, eot in (([1], 0), ([1], 12), ([3, 0, 2, 2], 2)):
-        prompt, (responses, mask) = torch.tensor(prompt), all_responses(13, 3, eot)
+    for prompt, n, eot in (([1], 3, 0), ([1], 2, 12), ([1], 1, 5), ([3, 0, 2, 2], 3, 2)):
+        prompt, (responses, mask) = torch.tensor(prompt), all_responses(13, n, eot)
         tokens, row = data.join(prompt.expand(len(responses), -1), responses, mask)
-        logprobs = all_logprobs(model, prompt, 3, eot)
+        logprobs = all_logprobs(model, prompt, n, eot)
         assert close(logprobs, una.sequence_logprob(model(tokens), tokens, row).detach())
         rewards = scalar(tokens)[torch.arange(len(tokens)), row.cumsum(1).argmax(1)].detach()
-        assert close(exact.all_rewards(scalar, prompt, 3, eot), rewards)
+        assert close(exact.all_rewards(scalar, prompt, n, eot), rewards)
         assert all(len(of.unique()) == len(of) for of in (logprobs, rewards))
     model = moved(small().reference).requires_grad_(False)
     model.wte.weight[3] = math.inf                               # it has left the numbers
@@ -136,21 +136,13 @@ def test_reference_and_optimum_are_pi_ref_and_pi_star_in_every_world(language):
     assert curve[-1][0] <= 1.5 * best["train"]["kl"] < 1.1 * curve[-1][0] and curve == sorted(curve)
 
 
-def variance(logprobs, values):
-    mean = (logprobs.exp() * values).sum(1, keepdim=True)
-    return (logprobs.exp() * (values - mean) ** 2).sum(1).mean().item()
-
-
-def test_eq18_at_the_optimum_alone_the_residual_is_constant_and_dots_lie_on_the_diagonal(world):
-    for logprobs in (world.ref_logprobs, world.policy, world.best):
-        residual = world.rewards - 0.25 * (logprobs - world.ref_logprobs)
-        off = variance(logprobs, residual)
-        assert (off < 1e-12) if logprobs is world.best else off > 0.1
+def test_eq18_at_the_optimum_alone_dots_lie_on_the_diagonal(world):
     explicit, implicit = exact.reward_dots(world, world.best)
     assert explicit == pytest.approx(implicit, abs=2e-3)
     assert len(explicit) == (world.ref_logprobs.exp() > 1 / 300).sum() > 0
-    explicit, implicit = exact.reward_dots(world, world.ref_logprobs)
-    assert explicit != pytest.approx(implicit, abs=0.1)
+    for other in (world.ref_logprobs, world.policy):
+        explicit, implicit = exact.reward_dots(world, other)
+        assert explicit != pytest.approx(implicit, abs=0.1)
 
 
 def test_eq16_neither_the_gain_nor_any_regret_knows_the_level_only_j_and_its_maximum_do(language):
@@ -181,3 +173,71 @@ def test_a_reward_that_is_the_same_for_all_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(data, "reward", lambda prompts, responses: torch.ones(len(responses)))
     with pytest.raises(ValueError, match="all responses have the same reward: no policy"):
         exact.World(small().reference, data.TRAIN_PROMPTS[:1], 0.25)
+
+
+def test_lost_is_split_by_the_chain_rule_of_kl_in_brute_force_over_15_responses():
+    (rewards, ref, policy, judged), beta = normals(4)(4, 2, 15), 0.4
+    ref, policy, judged = ref.log_softmax(-1), policy.log_softmax(-1), judged > 0.3
+    best, optimum = una.optimal_policy(ref, rewards, beta)
+    J = lambda logprobs: una.rlhf_objective(logprobs, ref, rewards, beta)
+    world = SimpleNamespace(rewards=rewards, ref_logprobs=ref, beta=beta, gain=optimum - J(ref))
+    kl = lambda p, q: sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
+    within, beyond, outside, unit = torch.zeros(4).double()
+    for p, q, start, there in zip(policy.exp(), best.exp(), ref.exp(), judged):
+        m, m_best = p[there].sum(), q[there].sum()
+        within += m * kl(p[there] / m, q[there] / m_best)
+        beyond += kl([m, 1 - m], [m_best, 1 - m_best])
+        beyond += (1 - m) * kl(p[~there] / (1 - m), q[~there] / (1 - m_best))
+        outside += (1 - m) / 2
+        unit += kl(start, q)
+    parts = dict(judged=(within / unit).item(), unjudged=(beyond / unit).item())
+    lost = ((optimum - J(policy)).mean() / (optimum - J(ref)).mean()).item()
+    assert sum(parts.values()) == pytest.approx(lost) and min(parts.values()) > 0.05
+    assert exact.lost_parts(world, policy, judged) == pytest.approx(
+        parts | dict(unjudged_mass=outside.item()), abs=1e-12)
+    for which, all_or_none in (("unjudged", torch.zeros_like), ("judged", torch.ones_like)):
+        told = exact.lost_parts(world, policy, all_or_none(judged))
+        assert told[which] == pytest.approx(lost, abs=1e-12)
+    told = exact.lost_parts(world, best, judged)                 # the optimum loses neither
+    assert abs(told["judged"]) + abs(told["unjudged"]) < 1e-12
+
+
+def test_index_of_finds_every_response_where_all_responses_has_it():
+    for vocab_size, max_tokens, eot in ((3, 3, 2), (4, 3, 1), (3, 2, 0), (26, 2, 25)):
+        tokens, _ = exact.all_responses(vocab_size, max_tokens, eot)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(exact.index_of(tokens[order], vocab_size, eot), order)
+
+
+@pytest.mark.parametrize("name", ["una-pair", "una-online"])
+def test_a_run_says_what_it_lost_on_the_responses_it_learned_from(name, language, monkeypatch):
+    noting, lost_parts, seen = exact.noting, mock.Mock(side_effect=exact.lost_parts), set()
+
+    def noted(batches, *where):
+        for batch in noting(batches, *where):
+            seen.update(map(tuple, batch.tokens.tolist()))
+            yield batch
+    monkeypatch.setattr(exact, "noting", noted)
+    monkeypatch.setattr(exact, "lost_parts", lost_parts)
+    reached = train.run_method(small().settings, 0, name, small())["train"]
+    assert reached["judged"] + reached["unjudged"] == pytest.approx(reached["lost"], abs=1e-9)
+    tokens, _ = all_responses(data.ENCODING.n_vocab, data.MAX_TOKENS, data.EOT)
+    (world, _, judged), _ = lost_parts.call_args
+    assert seen == {(*world.prompts[x].tolist(), *tokens[y].tolist()) for x, y in judged.nonzero()}
+    assert len(seen) > 20
+
+
+def test_eq10_the_logit_of_a_token_that_begins_neither_response_has_no_gradient():
+    # Why pairs leak: what cancels f(x) cancels the price of leaving what was judged, too.
+    logits, beta, ref = normals(2)(6), 0.5, -1.8
+
+    def pair(z):
+        logprobs = z.log_softmax(-1)
+        return una.dpo_loss(logprobs[:1], logprobs[1:2], *torch.full((2, 1), ref).double(), beta)
+
+    def score(z):
+        reward = una.implicit_reward(z.log_softmax(-1)[:1], torch.tensor([ref]).double(), beta)
+        return una.una_score_loss(reward, torch.tensor([0.9]).double())
+    assert near(gradient(pair, logits)[2:], torch.zeros(4).double(), 1e-15)
+    assert (gradient(pair, logits)[:2].abs() > 0.01).all()
+    assert (gradient(score, logits)[1:].abs() > 1e-3).all()

@@ -2,6 +2,7 @@
 listed, in float64: each mean is a sum, and nothing is sampled. And what stands on it: RLOO, GRPO,
 and stored samples among fresh ones."""
 import copy
+import itertools
 import math
 import statistics
 
@@ -14,68 +15,51 @@ from helpers import close, gradient, near, normals
 from lab import exact
 from toy import small
 
-BETA = 0.3
+# Logits of a policy (15,), the reference's log-probabilities, rewards; the optimum and the policy.
+BETA, (theta, logits, rewards) = 0.3, normals(11)(3, 15)
+ref, log = logits.log_softmax(-1), lambda logits: logits.log_softmax(-1)
+(star, _), p = una.optimal_policy(ref, rewards, BETA), log(theta)
+mean = lambda logprobs, values: (logprobs.exp() * values).sum()
+kl = lambda p, q: mean(p, p - q)
 
 
-@pytest.fixture
-def world():
-    """Logits of a policy (15,), log-probabilities of its reference, rewards."""
-    normal = normals(11)
-    return normal(15), normal(15).log_softmax(-1), normal(15)
-
-
-def kl(logprobs, ref):
-    return (logprobs.exp() * (logprobs - ref)).sum()
-
-
-def pull(theta, ref, k):
-    """E grad k: of samples that are held fixed."""
-    p = theta.softmax(-1)
-    return gradient(lambda t: (p * una.kl_estimate(t.log_softmax(-1), ref, k)).sum(), theta)
-
-
-def test_kl_estimates_k1_and_k3_have_the_kl_for_their_mean_and_k2_nearly(world):
-    theta, ref, _ = world
-    p = theta.log_softmax(-1)
-    means = [(p.exp() * una.kl_estimate(p, ref, k)).sum() for k in (1, 2, 3)]
+def test_kl_estimates_k1_and_k3_have_the_kl_for_their_mean_and_k2_nearly():
+    means = [mean(p, una.kl_estimate(p, ref, k)) for k in (1, 2, 3)]
     assert close(means[0], kl(p, ref)) and close(means[2], kl(p, ref))
     assert not close(means[1], kl(p, ref), 1e-2)
     assert (una.kl_estimate(p, ref, 3) >= 0).all() and (una.kl_estimate(p, ref, 1) < 0).any()
     with pytest.raises(ValueError, match="k must be 1, 2 or 3, got 4"):
         una.kl_estimate(theta, ref, 4)
-    near_by = (ref + 0.01 * theta).log_softmax(-1)               # at a small KL k2 has it too
-    assert close((near_by.exp() * una.kl_estimate(near_by, ref, 2)).sum(), kl(near_by, ref), 2e-2)
+    near_by = log(ref + 0.01 * theta)                            # at a small KL k2 has it too
+    assert close(mean(near_by, una.kl_estimate(near_by, ref, 2)), kl(near_by, ref), 2e-2)
 
 
-def test_kl_as_losses_k1_is_no_price_k2_is_the_kls_gradient_and_k3_the_other_kls(world):
-    theta, ref, _ = world
-    right = gradient(lambda t: kl(t.log_softmax(-1), ref), theta)
-    other = gradient(lambda t: kl(ref, t.log_softmax(-1)), theta)
-    assert near(pull(theta, ref, 1), torch.zeros(15).double()) and right.abs().max() > 0.1
-    assert close(pull(theta, ref, 2), right) and not close(pull(theta, ref, 3), right, 1e-2)
-    assert close(pull(theta, ref, 3), other) and not close(pull(theta, ref, 2), other, 1e-2)
+def test_kl_as_losses_k1_is_no_price_k2_is_the_kls_gradient_and_k3_the_other_kls():
+    right, other = (gradient(of, theta) for of in (lambda t: kl(log(t), ref),
+                                                   lambda t: kl(ref, log(t))))
+    # E grad k: the samples are held fixed.
+    k1, k2, k3 = (gradient(lambda t: mean(p, una.kl_estimate(log(t), ref, k)), theta)
+                  for k in (1, 2, 3))
+    assert near(k1, 0 * theta) and right.abs().max() > 0.1
+    assert close(k2, right) and not close(k3, right, 1e-2)
+    assert close(k3, other) and not close(k2, other, 1e-2)
 
 
-def test_kl_k1_in_the_reward_is_a_number_and_gives_the_gradient_of_eq03(world):
-    theta, ref, rewards = world
-    p = theta.log_softmax(-1)
-    advantage = rewards - BETA * una.kl_estimate(p, ref, 1)
-    J = gradient(lambda t: una.rlhf_objective(t.log_softmax(-1), ref, rewards, BETA), theta)
-    assert close(gradient(lambda t: (p.exp() * advantage * t.log_softmax(-1)).sum(), theta), J)
-    k3 = rewards - BETA * una.kl_estimate(p, ref, 3)
-    assert not close(gradient(lambda t: (p.exp() * k3 * t.log_softmax(-1)).sum(), theta), J, 1e-2)
+def test_kl_k1_in_the_reward_is_a_number_and_gives_the_gradient_of_eq03():
+    J = gradient(lambda t: una.rlhf_objective(log(t), ref, rewards, BETA), theta)
+    for k, right in ((1, True), (3, False)):
+        advantage = rewards - BETA * una.kl_estimate(p, ref, k)
+        slope = gradient(lambda t: mean(p, advantage * log(t)), theta)
+        assert close(slope, J, 1e-10 if right else 1e-2) == right
 
 
-def test_kl_k3_in_the_loss_has_its_own_optimum_which_is_not_the_best_policy(world):
-    theta, ref, rewards = world
+def test_kl_k3_in_the_loss_has_its_own_optimum_which_is_not_the_best_policy():
     best = una.k3_optimal_policy(ref, rewards, BETA)
-    assert close(best.exp().sum(), torch.ones(()).double())
+    assert close(best.exp().sum(), 1.0)
     # GRPO's undivided gradient vanishes there and not at pi*. Brute force: test_triangle.py.
-    star, _ = una.optimal_policy(ref, rewards, BETA)
     for policy, still in ((best, True), (star, False)):
-        p = policy.exp()
-        step = gradient(lambda t, p=p: (p * (rewards * t.log_softmax(-1) - BETA * una.kl_estimate(
-            t.log_softmax(-1), ref, 3))).sum(), policy)
+        step = gradient(lambda t: mean(policy, rewards * log(t) - BETA * una.kl_estimate(
+            log(t), ref, 3)), policy)
         assert (step.abs().max() < 1e-9) == still
     two = una.k3_optimal_policy(torch.stack([ref, ref]), torch.stack([rewards, rewards + 5]), BETA)
     assert close(two[0], best) and close(two[1], best)           # a level changes nothing
@@ -84,16 +68,14 @@ def test_kl_k3_in_the_loss_has_its_own_optimum_which_is_not_the_best_policy(worl
 
 def test_rloo_is_eq07_with_the_mean_residual_sample_by_sample_but_for_a_factor():
     (policy, ref, rewards), n = normals(3)(3, 12), 4
-    rloo = gradient(lambda p: una.rloo_loss(p, ref, rewards, n, BETA), policy)
-    R = (rewards - BETA * (policy - ref)).tolist()               # its papers', one by one
-    groups = [R[i - i % n:i - i % n + n] for i in range(12)]
-    A = torch.tensor([R[i] - (sum(group) - R[i]) / (n - 1) for i, group in enumerate(groups)])
-    assert close(rloo, -A.double(), 1e-6)
-    offset = torch.tensor(groups).mean(1).double()
+    loss = lambda p: una.rloo_loss(p, ref, rewards, n, BETA)
+    R = rewards - BETA * (policy - ref)                          # its papers', one by one
+    groups = torch.stack([R[i - i % n:i - i % n + n] for i in range(12)])
+    A = torch.stack([r - (sum(group) - r) / (n - 1) for r, group in zip(R, groups)])
+    assert close(loss(policy), -A * policy) and close(gradient(loss, policy), -A)
     eq07 = gradient(lambda p: una.una_reward_loss(
-        una.implicit_reward(p, ref, BETA, offset), rewards), policy)
-    assert close(eq07 * n / (2 * BETA * (n - 1)), rloo, 1e-6)
-    assert close(una.rloo_loss(policy, ref, rewards, n, BETA), -A.double() * policy, 1e-6)
+        una.implicit_reward(p, ref, BETA, groups.mean(1)), rewards), policy)
+    assert close(eq07 * n / (2 * BETA * (n - 1)), -A)
     for wrong in (1, 5):
         with pytest.raises(ValueError, match=f"12 responses are no groups of {wrong}"):
             una.rloo_loss(policy, ref, rewards, wrong, BETA)
@@ -101,8 +83,8 @@ def test_rloo_is_eq07_with_the_mean_residual_sample_by_sample_but_for_a_factor()
         una.rloo_loss(policy, ref[:1], rewards, n, BETA)
 
 
-def test_grpo_is_its_papers_sum_token_by_token(BETA=0.3, clip=0.2):
-    normal, n = normals(5), 4
+def test_grpo_is_its_papers_sum_token_by_token():
+    normal, n, clip = normals(5), 4, 0.2
     new, old, ref = -normal(3, 8, 5).abs()
     old, rewards = new + 0.4 * old, normal(8)
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]] * 2)
@@ -136,16 +118,12 @@ def token_loss(world, rewards, k):
     responses to each prompt, each as often as pi gives it, with A = r."""
     words = data.ENCODING.n_vocab - 1
     responses, mask = exact.all_responses(words + 1, data.MAX_TOKENS, data.EOT)
-    first = (responses[:, :1] + 1).clamp(max=words)              # the prefix of a second token
-
-    def tokens(theta):
-        p = theta.log_softmax(-1)
-        return torch.stack([p[:, 0, responses[:, 0]], p[:, first[:, 0], responses[:, 1]]], 2)
-
-    ref = prefix_logits(world.ref_logprobs)
+    first = (responses[:, 0] + 1).clamp(max=words)               # the prefix of a second token
+    tokens = lambda behind: torch.stack([behind[:, 0, responses[:, 0]],
+                                         behind[:, first, responses[:, 1]]], 2).where(mask, 0.0)
 
     def loss(theta):
-        p, q = tokens(theta).where(mask, 0.0), tokens(ref).where(mask, 0.0)
+        p, q = tokens(theta.log_softmax(-1)), tokens(prefix_logits(world.ref_logprobs))
         every = [part.flatten(0, 1) for part in (p, p.detach(), q)]
         lost = una.grpo_loss(*every, rewards.flatten(), mask.repeat(len(p), 1), BETA, 0.2, k)
         return lost * mask.sum(1).repeat(len(p)) * p.sum(2).flatten().detach().exp()
@@ -185,10 +163,9 @@ def test_grpo_stands_still_where_each_token_is_tilted_by_what_it_leads_to(tree):
 def test_grpo_divided_stands_still_where_beta_is_times_the_spread_of_its_own_rewards(tree):
     world = small().worlds["train"]
     policy = exact.by_group(world, BETA, una.k3_optimal_policy, rounds=60)
-    spread = [(p * (r - (p * r).sum()) ** 2).sum().sqrt() for p, r in zip(
-        policy.exp(), world.rewards)]
-    scaled = world.rewards / torch.stack(spread)[:, None]
-    for rewards, still in ((scaled, True), (world.rewards, False)):
+    p, r = policy.exp(), world.rewards
+    spread = ((p * r ** 2).sum(1) - (p * r).sum(1) ** 2).sqrt()
+    for rewards, still in ((r / spread[:, None], True), (r, False)):
         slope = gradient(token_loss(world, rewards, 3), prefix_logits(policy)).abs().max()
         assert (slope < 1e-6) == still
 
@@ -200,42 +177,32 @@ def test_grpo_in_groups_has_the_mean_advantage_of_a_reward_among_others_of_the_p
     drawn = world.ref_logprobs.exp().multinomial(40_000 * n, True)           # whole responses
     rewards = world.rewards.gather(1, drawn)
     advantages = una.grpo_advantages(rewards.flatten(), n).view(rewards.shape)
-    for x in range(len(rewards)):
-        for value in rewards[x].unique():
-            seen = advantages[x][rewards[x] == value]
-            if len(seen) > 1000:
-                off = 5 * seen.std() * (len(seen) ** -0.5 + 20_000 ** -0.5)
-                assert (told[x][world.rewards[x] == value] - seen.mean()).abs().max() < off
+    for x, value in itertools.product(range(len(rewards)), rewards.unique()):
+        seen = advantages[x][rewards[x] == value]
+        if len(seen) > 1000:
+            off = 5 * seen.std() * (len(seen) ** -0.5 + 20_000 ** -0.5)
+            assert (told[x][world.rewards[x] == value] - seen.mean()).abs().max() < off
     assert not close(told, world.rewards / world.rewards.std(), 0.1)         # no straight line
 
 
-def test_eq07_with_the_mean_residual_has_pi_star_for_its_minimum_whoever_drew_the_samples(world):
-    theta, ref, rewards = world
-    star, _ = una.optimal_policy(ref, rewards, BETA)
+def test_eq07_with_the_mean_residual_has_pi_star_for_its_minimum_whoever_drew_the_samples():
+    residual = lambda t: rewards - BETA * (log(t) - ref)
+    # Eq. 7 of the policy's logits, on samples of mu, with b for f(x) + c.
+    eq07 = lambda t, mu, b: (mu * una.una_reward_loss(
+        una.implicit_reward(log(t), ref, BETA, b), rewards)).sum()
+    held = lambda t, mu: (mu * residual(t)).sum().detach()
     for share in (0.25, 1.0):                                    # of pi_ref's samples
-        mu = (1 - share) * theta.softmax(-1) + share * ref.exp()
-
-        def loss(logits):
-            p = logits.log_softmax(-1)
-            b = (mu * (rewards - una.implicit_reward(p, ref, BETA))).sum().detach()
-            each = una.una_reward_loss(una.implicit_reward(p, ref, BETA, b), rewards)
-            return (mu * each).sum()
-
-        def variance(t):
-            left = rewards - BETA * (t.log_softmax(-1) - ref)
-            return (mu * left ** 2).sum() - (mu * left).sum() ** 2
+        mu = (1 - share) * p.exp() + share * ref.exp()
+        loss = lambda t: eq07(t, mu, held(t, mu))
+        variance = lambda t: (mu * residual(t) ** 2).sum() - (mu * residual(t)).sum() ** 2
         # No gradient is lost in b. The variance is 0 where all residuals are alike: eq18.
         assert close(loss(theta), variance(theta)) and variance(theta) > 0.01
         assert close(gradient(loss, theta), gradient(variance, theta))
-        assert close(loss(star), torch.zeros(()).double(), 1e-12)
+        assert close(loss(star), 0.0, 1e-12)
     # With b = 0 in its place, or with weights where pi has given a response up, it is another.
-    stored = lambda t, b: (ref.exp() * una.una_reward_loss(
-        una.implicit_reward(t.log_softmax(-1), ref, BETA, b), rewards)).sum()
-    assert gradient(lambda t: stored(t, 0.0), star).abs().max() > 1e-2
-    gone = theta.clone()
-    gone[rewards.argmax()] = -60.0
-    p = gone.log_softmax(-1)
-    held, weighted = (gradient(lambda t, w=w: (w * una.una_reward_loss(una.implicit_reward(
-        t.log_softmax(-1), ref, BETA, (w * (rewards - BETA * (p - ref))).sum()), rewards)).sum(),
-        gone)[rewards.argmax()] for w in (ref.exp(), p.exp()))
-    assert held < -0.1 and abs(weighted) < 1e-9                  # who brings it back
+    assert gradient(lambda t: eq07(t, ref.exp(), 0.0), star).abs().max() > 1e-2
+    gone, most = theta.clone(), rewards.argmax()
+    gone[most] = -60.0
+    stored, weighted = (gradient(lambda t: eq07(t, mu, held(gone, mu)), gone)[most]
+                        for mu in (ref.exp(), gone.softmax(-1)))
+    assert stored < -0.1 and abs(weighted) < 1e-9                # who brings it back

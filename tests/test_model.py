@@ -137,8 +137,7 @@ def test_a_sequence_that_is_too_long_is_refused_with_both_numbers():
 
 def test_sampling_is_sampling_without_a_cache_and_refused_where_the_model_has_left_the_numbers():
     model, prompts, eot = gpt(), random_tokens(200, 3), 2
-    generator, tokens, builds_a_graph = torch.Generator().manual_seed(7), prompts, []
-    masks = []
+    generator, tokens, masks, builds_a_graph = torch.Generator().manual_seed(7), prompts, [], []
     for _ in range(4):
         token = torch.multinomial(model(tokens)[:, -1].softmax(-1), 1, generator=generator)
         ended = (tokens[:, 3:] == eot).any(1, keepdim=True)
@@ -157,6 +156,5 @@ def test_sampling_is_sampling_without_a_cache_and_refused_where_the_model_has_le
 def test_everything_is_computed_where_the_model_is(monkeypatch):
     # A device without numbers: a tensor that was made on another one would not mix with it.
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)    # "are they finite?"
-    model, prompts, cache = gpt(dtype=torch.float32).to("meta"), random_tokens(2, 3).to("meta"), []
-    assert model(prompts, cache).device == model(prompts[:, :2], cache).device == prompts.device
+    model, prompts = gpt(dtype=torch.float32).to("meta"), random_tokens(2, 3).to("meta")
     assert all(t.device == prompts.device for t in sample(model, prompts, 3, 2))

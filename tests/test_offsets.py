@@ -1,7 +1,6 @@
 """f(x) + c of a method, one number a prompt, in prompts that a level makes differ: what each starts
 with, who gets it, and by which path it gets there."""
 import functools
-import itertools
 import math
 
 import pytest
@@ -10,13 +9,12 @@ import torch
 import data
 import train
 import una
-from helpers import close, moved, near
+from helpers import close, gradient, moved, near
 from toy import FLAGS
 
 STORED = [name for name, method in train.METHODS.items() if method.feedback != "fresh"]
 WITH_OFFSET = [name for name in STORED if name.endswith(("-estimated", "-learned"))]
 ALONE = [name for name in WITH_OFFSET if "mixed" not in name]     # of one kind of feedback
-ESTIMATED = [name for name in WITH_OFFSET if name.endswith("-estimated")]
 pytestmark = pytest.mark.usefixtures("language")                 # of toy.py
 
 
@@ -70,8 +68,7 @@ def run(name, steps=3, first=None):
 @pytest.mark.parametrize("name", STORED)
 def test_eq04_an_offset_is_one_number_a_prompt_0_or_estimated_or_learned(name):
     method, batch = train.METHODS[name], everything()
-    assert (method.offset != "zero") == (name in WITH_OFFSET)
-    assert (method.offset == "estimated") == (name in ESTIMATED)
+    assert method.offset == (name.split("-")[-1] if name in WITH_OFFSET else "zero")
     for beta in (0.25, 1.0):
         offsets = train.start_offsets(method, batch, beta)
         expected = (estimates(batch, beta, name) if method.offset == "estimated" else
@@ -90,13 +87,12 @@ def test_where_an_offset_is_balanced_the_loss_moves_no_prompts_responses_all_ali
     method, batch = train.METHODS[name], everything()
     balanced = train.start_offsets(method._replace(offset="balanced"), batch)
     assert balanced.tolist() == pytest.approx(balances(batch, name), abs=1e-4)
+    loss = (lambda reward: una.una_binary_loss(reward, batch.labels, "bce") if "binary" in name
+            else una.una_score_loss(reward, batch.scores))
     for offsets, still in ((balanced, True), (balanced + 0.5, False)):
-        rho = torch.zeros(46).double().requires_grad_()
-        implicit = una.implicit_reward(rho, 0 * rho.detach(), 0.25, offsets.double()[batch.prompt])
-        loss = (una.una_binary_loss(implicit, batch.labels, "bce") if "binary" in name
-                else una.una_score_loss(implicit, batch.scores.double()))
-        (pull,) = torch.autograd.grad(loss.sum(), rho)
-        by_prompt = torch.zeros(3).double().index_add(0, batch.prompt, pull)
+        pull = gradient(lambda rho: loss(una.implicit_reward(
+            rho, 0 * rho, 0.25, offsets[batch.prompt])), torch.zeros(46))
+        by_prompt = torch.zeros(3).index_add(0, batch.prompt, pull)
         assert (by_prompt.abs().max() < 1e-5) == still and pull.abs().max() > 0.01
 
 
@@ -111,24 +107,19 @@ def test_offsets_are_numbers_however_few_the_scores_of_a_prompt():
         una.estimated_offset(batch.scores[4:].logit(), 0.25).item())
 
 
-def test_eq04_an_offset_is_estimated_at_the_losses_beta_and_goes_to_its_prompt():
-    its = train.METHODS["una-score-estimated"]._replace(beta_multiple=6, ramp=0)
-    _, stream, _, offsets = train.begin(its, settings(batch=24), 0, prepared())
-    assert offsets.tolist() == pytest.approx(estimates(everything(), 6 * 0.25), abs=1e-4)
-    for batch in itertools.islice(stream, 5):
-        assert torch.equal(batch.offset, offsets[batch.prompt])
-    assert not prepared().feedback.offset.any()                  # what is shared stays as it was
-
-
+@pytest.mark.parametrize("ramp", [0, 0.5])
 @pytest.mark.parametrize("name", ["una-score-estimated", "una-mixed-estimated"])
-def test_an_estimate_is_moved_to_in_even_steps_from_where_it_is_balanced(name):
-    its = train.METHODS[name]._replace(ramp=0.5)
-    _, stream, _, offsets = train.begin(its, settings(steps=8), 0, prepared())
+def test_eq04_an_estimate_at_the_losses_beta_goes_to_its_prompt_in_even_steps_or_at_once(
+        name, ramp):
+    its = train.METHODS[name]._replace(beta_multiple=6, ramp=ramp)
+    _, stream, _, offsets = train.begin(its, settings(steps=8, batch=24), 0, prepared())
+    assert offsets.tolist() == pytest.approx(estimates(everything(), 6 * 0.25, name), abs=1e-4)
     start = torch.tensor(balances(everything(), name))
     assert not near(start, offsets, 0.05)
     for step, batch in zip(range(8), stream):
-        expected = start + min(1, step / 4) * (offsets - start)
-        assert near(batch.offset, expected[batch.prompt], 1e-5)
+        way = min(1, step / 4) if ramp else 1
+        assert near(batch.offset, (start + way * (offsets - start))[batch.prompt], 1e-5)
+    assert not prepared().feedback.offset.any()                  # what is shared stays as it was
 
 
 def test_offsets_are_reported_as_they_are_at_the_end():

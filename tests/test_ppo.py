@@ -64,12 +64,10 @@ def one_token(log_ratio, advantage, dtype=torch.float64, loss=una.ppo_policy_los
 
 
 def test_token_rewards_are_the_slow_loop_and_add_up_to_the_reward_minus_beta_rho():
-    reward, (logprobs, ref) = normals(0)(8), matrices(1, 2)
-    expected = torch.zeros(8, 8, dtype=torch.float64)
+    reward, (logprobs, ref), expected = normals(0)(8), matrices(1, 2), torch.zeros(8, 8).double()
     for i, t in TOKENS:
-        expected[i, t] = -0.3 * (logprobs[i, t] - ref[i, t])
-        if t + 1 == SPANS[i][1]:
-            expected[i, t] += reward[i]
+        last = t + 1 == SPANS[i][1]
+        expected[i, t] = -0.3 * (logprobs[i, t] - ref[i, t]) + (reward[i] if last else 0)
     rewards = una.ppo_token_rewards(reward, logprobs, ref, MASK, 0.3)
     rho = ((logprobs - ref) * MASK).sum(1)
     assert near(rewards, expected) and near(rewards.sum(1), reward - 0.3 * rho)
@@ -94,9 +92,8 @@ def test_advantages_are_the_double_sum_and_targets_the_advantages_plus_values():
         assert near(advantages, slow(lam)), lam
         assert near(targets, (advantages + values) * MASK), lam
     advantages, _ = una.ppo_advantages(rewards, values, MASK, 0.5)
-    for wrong in (dict(lam=1.0, gamma=0.5), dict(lam=0.5, gamma=0.5),
-                  dict(lam=0.5, bootstrap=True)):
-        assert not near(advantages, slow(**wrong), 0.1), wrong
+    for wrong in (slow(1.0, gamma=0.5), slow(0.5, gamma=0.5), slow(0.5, bootstrap=True)):
+        assert not near(advantages, wrong, 0.1)
 
 
 def test_both_losses_and_their_slopes_are_the_slow_loops():

@@ -89,7 +89,7 @@ def test_feedback_is_on_two_responses_of_pi_ref_to_each_training_prompt(monkeypa
         assert train.parse(flags.split()).judged == judged, flags                # each seen once
     monkeypatch.setattr(train, "CHUNK", 40)                      # so many at a time: for memory
     settings, reference = changed(small().settings, level=1.0), small().reference
-    ours, again, other = (train.collect_feedback(settings, seed, reference) for seed in (1, 1, 0))
+    ours, other = (train.collect_feedback(settings, seed, reference) for seed in (1, 0))
     x = data.encode_prompts([prompt for prompt in data.TRAIN_PROMPTS for _ in range(2)] * 16)
     generator = torch.Generator().manual_seed(1)                 # one stream, not one a chunk
     y, mask = map(torch.cat, zip(*(sample(reference, part, 2, data.EOT, generator)
@@ -97,7 +97,6 @@ def test_feedback_is_on_two_responses_of_pi_ref_to_each_training_prompt(monkeypa
     told = data.feedback_on(x, y, mask, torch.Generator().manual_seed(1), 1.0)
     for name, part in vars(told).items():                        # labels are drawn by the seed, too
         assert torch.equal(getattr(ours, name), part), name
-        assert torch.equal(getattr(again, name), part), name
         assert not torch.equal(getattr(other, name), part), name
     assert ours.prompt.tolist() == [0, 0, 1, 1, 2, 2] * 16 and not ours.offset.any()
     assert near(ours.ref_logprob, train.logprob(reference, told.tokens, told.mask), 1e-5)
@@ -114,9 +113,8 @@ def test_stored_batches_deal_each_response_once_with_what_the_feedback_says_of_i
         again, other = (first_batches(1, kind, 24, seed)[0].row for seed in (0, 1))
         assert torch.equal(again, batches[0].row) and not torch.equal(other, again), kind
         for batch in batches:
-            for name in ("tokens", "mask", "labels", "scores", "ref_logprob", "prompt", "offset"):
-                said = getattr(feedback, name)[batch.row]
-                assert torch.equal(getattr(batch, name), said), (kind, name)
+            for name, part in vars(feedback).items():
+                assert name == "pairs" or torch.equal(getattr(batch, name), part[batch.row]), name
             assert len(batch.row) == 24 or kind == "mixed", kind
             if kind == "pairs":
                 assert {*zip(*batch.row.view(2, -1).tolist())} <= pairs
@@ -142,11 +140,10 @@ def test_eq10_the_anchor_adds_alpha_times_minus_the_mean_rho_of_both_responses_o
     chosen, rejected = (train.logprob(policy, batch.tokens, batch.mask)
                         - batch.ref_logprob).chunk(2)
     pair = -torch.sigmoid(0.25 * (chosen - rejected)).log()
-    loss = anchored.loss(policy, batch, 0.25)
-    assert near(loss, pair - 0.3 * (chosen + rejected) / 2, 1e-5)
-    for wrong in (pair, pair - 0.3 * chosen, pair - 0.3 * 0.25 * (chosen + rejected) / 2,
-                  pair + 0.3 * (chosen + rejected) / 2):
-        assert not near(loss, wrong, 1e-2)
+    loss, both = anchored.loss(policy, batch, 0.25), (chosen + rejected) / 2
+    assert near(loss, pair - 0.3 * both, 1e-5)
+    for wrong in (0, -0.3 * chosen, -0.3 * 0.25 * both, 0.3 * both):
+        assert not near(loss, pair + wrong, 1e-2)
     assert anchored.anchor > 0 == train.METHODS["una-pair"].anchor
 
 
@@ -170,14 +167,12 @@ def test_una_mixed_is_the_three_losses_with_every_item_weighing_the_same():
 
 def test_kto_estimates_its_kl_from_the_responses_to_other_prompts():
     # This way round, as rho is then positive on the responses.
-    policy, reference, feedback = small().reference, moved(small().reference), small().feedback
-    x, y = feedback.tokens.split([3, 2], 1)                      # x_i with y_{i-2}, by hand
-    own = rho_of(policy, reference, feedback.tokens, feedback.mask)
-    other = rho_of(policy, reference, torch.cat([x, y.roll(2, 0)], 1), feedback.mask.roll(2, 0))
-    ref_logprob = train.logprob_in_chunks(reference, feedback.tokens, feedback.mask)
-    batch = changed(feedback, ref_logprob=ref_logprob, other_ref_logprob=train.logprob_in_chunks(
-        reference, feedback.other_tokens, feedback.other_mask))
-    expected, wrong = ((feedback.labels - torch.sigmoid(0.25 * (own - rho.mean().clamp(0)))).abs()
+    policy, reference, batch = small().reference, moved(small().reference), small().feedback
+    own, other = [(batch.tokens, batch.mask), (batch.other_tokens, batch.other_mask)]
+    batch = changed(batch, ref_logprob=train.logprob_in_chunks(reference, *own),
+                    other_ref_logprob=train.logprob_in_chunks(reference, *other))
+    own, other = (rho_of(policy, reference, *rows) for rows in (own, other))
+    expected, wrong = ((batch.labels - torch.sigmoid(0.25 * (own - rho.mean().clamp(0)))).abs()
                        for rho in (other, own))
     assert near(train.kto(policy, batch, 0.25), expected, 1e-5) and not near(expected, wrong, 1e-4)
 
@@ -265,10 +260,10 @@ def test_align_looks_after_the_steps_in_at_and_on_its_own_time(monkeypatch):
         return losses[-1]
     look = lambda *told: seen.append((*told, next(clock)))       # and so does a look
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock.__next__))
-    policy, value = moved(small().reference), ScalarGPT(small().reference)
     method = train.METHODS["ppo"]._replace(epochs=2, loss=loss)  # a loss for each inner step
-    batches = itertools.islice(train.fresh_batches(policy, value, small(), 24, 0), 5)   # no more
-    entry = train.align(method, policy, batches, 0.25, 5, value, None, look, {1, 4, 5})
+    policy, batches, value, _ = train.begin(method, small().settings, 0, small())
+    entry = train.align(method, policy, itertools.islice(batches, 5), 0.25, 5, value, None, look,
+                        {1, 4, 5})
     steps, seconds, told, _ = zip(*seen)
     losses = [value.mean().item() for value in losses]
     assert steps == seconds == (1, 4, 5) and entry["seconds"] == 5
@@ -291,16 +286,14 @@ def test_state_bytes_count_every_model_in_memory():
 
 def test_a_step_has_the_ramps_rate_the_groups_multiples_one_norm_and_nothing_but_numbers():
     for scale, cut in ((1.0, 0.2), (0.1, 1.0)):                  # a short gradient is left alone
-        weight, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        weight, other = (torch.nn.Parameter(torch.tensor(0.0).double()) for _ in range(2))
         optimizer = torch.optim.SGD([dict(params=[weight]), dict(params=[other], times=10)], lr=0.0)
         for step in range(1, 101):
-            before, loss = weight.item(), scale * (3 * weight.sum() - 4 * other.sum())
-            train.descend(optimizer, loss, 2.0, step, 100)
-            rate = 2 * min(step / 5, 1) * (1 - (step - 1) / 100)
-            rates = [group["lr"] for group in optimizer.param_groups]
-            assert rates == pytest.approx([rate, 10 * rate]) and weight.item() < before
-            slopes = weight.grad.item(), other.grad.item()
-            assert slopes == pytest.approx((3 * scale * cut, -4 * scale * cut), rel=1e-4)
+            before = weight.item(), other.item()
+            train.descend(optimizer, scale * (3 * weight - 4 * other), 2.0, step, 100)
+            rate = 2 * min(step / 5, 1) * (1 - (step - 1) / 100) * scale * cut
+            moves = weight.item() - before[0], other.item() - before[1]
+            assert moves == pytest.approx((-3 * rate, 4 * 10 * rate), rel=1e-6, abs=0)
     # The slope of sqrt is infinite at 0, and cut to norm 1 inf would be NaN.
     for start, loss, told in ((1.0, lambda w: w * math.nan, "the loss is nan"),
                               (0.0, lambda w: w.sqrt(), "the gradient's norm is inf"),
@@ -328,10 +321,9 @@ def test_results_hold_what_is_promised_and_saved_weights_give_the_figures_again(
             again = exact.evaluate(world, exact.policy_logprobs(model, world.prompts))
             assert {key: told[split][key] for key in again} == pytest.approx(again, abs=1e-9)
     feedback = train.collect_feedback(train.parse([*toy.FLAGS]), 1, reference)
+    rho, told = rho_of(dpo, reference, feedback.tokens, feedback.mask), tiny.runs["dpo"]
     for key, rows in zip(("chosen_reward", "rejected_reward"), feedback.pairs.T):
-        rho = rho_of(dpo, reference, feedback.tokens[rows], feedback.mask[rows])
-        beta = tiny.runs["dpo"]["method_beta"]
-        assert tiny.runs["dpo"][key] == pytest.approx(beta * rho.mean().item(), abs=1e-6)
+        assert told[key] == pytest.approx(told["method_beta"] * rho[rows].mean().item(), abs=1e-6)
 
 
 def test_same_seed_same_results_whatever_else_is_run_and_another_seed_others(tiny, short, tmp_path):
@@ -355,13 +347,12 @@ def test_a_level_is_in_all_but_pairs_and_a_reward_model_judges_fresh_samples(tin
 
 
 def test_what_has_ended_is_on_disk_whatever_happens_next(short, tmp_path, capsys, monkeypatch):
-    def change(name, **how):
-        monkeypatch.setitem(train.METHODS, name, train.METHODS[name]._replace(**how))
     why = {"kto": "loss is nan", "una-score": "", "una-online-score": "are not numbers"}
-    change("kto", loss=lambda *of: train.kto(*of) * math.nan)
-    for name in ("una-score", "una-online-score"):               # in the weights, soon everywhere
-        change(name, learning_rate=1e39)
-    change("una-pair", loss=mock.Mock(side_effect=KeyboardInterrupt))
+    wrong = dict(learning_rate=1e39)                             # in the weights, soon everywhere
+    for name, how in {"kto": dict(loss=lambda *of: train.kto(*of) * math.nan), "una-score": wrong,
+                      "una-online-score": wrong,
+                      "una-pair": dict(loss=mock.Mock(side_effect=KeyboardInterrupt))}.items():
+        monkeypatch.setitem(train.METHODS, name, train.METHODS[name]._replace(**how))
     status, results = short(tmp_path, f"--methods dpo,{','.join(why)}")
     out, err = capsys.readouterr()
     assert status == 1 and [entry["method"] for entry in results["runs"]] == ["dpo", *why]
@@ -393,13 +384,12 @@ def test_words_that_cannot_be_written_are_dropped_and_files_are_kept(tmp_path, m
     with open(writer, "w", encoding="utf-8") as closed:          # whose end does not raise either
         monkeypatch.setattr(sys, "stderr", closed)
         run.say("it has ended")
-    content = dict(a=[1, dict(b=2)], c={})
-    run.write_json(tmp_path / "a.json", content)
+    path, content = tmp_path / "a.json", dict(a=[1, dict(b=2)], c={})
+    run.write_json(path, content)
     with pytest.raises(ZeroDivisionError):                       # it has half of it written
-        run.save(tmp_path / "a.json",
-                 lambda partial: Path(partial).write_text("half", encoding="utf-8") / 0)
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == content
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+        run.save(path, lambda partial: Path(partial).write_text("half", encoding="utf-8") / 0)
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+    assert [*tmp_path.iterdir()] == [path]
 
 
 CALLS = """
@@ -419,14 +409,12 @@ for _ in run.side_by_side([{}, (time.sleep, 60), (time.sleep, 60)], 2):
 def test_no_process_is_left_however_the_run_ends(first, end, status, told, tmp_path):
     (tmp_path / "torch.py").write_text("def set_num_threads(n): pass", "utf-8")      # at once there
     path = f"{tmp_path}{os.pathsep}{Path(run.__file__).parent.parent}"
-    with subprocess.Popen([sys.executable, "-c", CALLS.format(first)], bufsize=0,
-                          stderr=subprocess.PIPE, env=os.environ | dict(PYTHONPATH=path),
-                          start_new_session=True) as process:
-        line = process.stderr.readline()
-        if end == signal.SIGINT:
-            os.killpg(process.pid, end)                          # to all, as a terminal does
-        elif end:
-            process.send_signal(end)
-        _, rest = process.communicate(timeout=60)                # when nobody is left to write
+    process = subprocess.Popen([sys.executable, "-c", CALLS.format(first)], bufsize=0,
+                               stderr=subprocess.PIPE, env=os.environ | dict(PYTHONPATH=path),
+                               start_new_session=True)
+    line = process.stderr.readline()
+    if end:                                                      # Ctrl-C goes to all
+        (os.killpg if end == signal.SIGINT else os.kill)(process.pid, end)
+    _, rest = process.communicate(timeout=60)                    # when nobody is left to write
     err = (line + rest).decode()
     assert process.returncode == status and told in err and err.count("KeyboardInterrupt") <= 1

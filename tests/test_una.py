@@ -17,21 +17,6 @@ import torch.nn.functional as F
 
 import una
 from helpers import close, gradient, normals
-from una import (
-    dpo_loss,
-    estimated_offset,
-    implicit_reward,
-    implicit_score,
-    optimal_policy,
-    reward_model_loss,
-    rlhf_objective,
-    sequence_logprob,
-    token_logprobs,
-    una_binary_loss,
-    una_pair_loss,
-    una_reward_loss,
-    una_score_loss,
-)
 
 # The world of these tests: X = 3 prompts with Y = 6 responses each, the reference and rewards; an
 # arbitrary f(x) (X, 1) and another policy, logits and log-probabilities. By hand Z(x) (X,), Eq. 4's
@@ -43,8 +28,8 @@ policy, scores = theta.log_softmax(-1), torch.sigmoid(rewards)
 Z, Z_f = mean(ref, (rewards / beta).exp()), mean(ref, ((rewards - f) / beta).exp())
 best, value = ref + rewards / beta - Z.log()[:, None], beta * Z.log()
 offset = value[:, None]
-J = lambda logprobs: rlhf_objective(logprobs, ref, rewards, beta)
-r_theta = lambda logprobs, offset=0.0: implicit_reward(logprobs, ref, beta, offset)
+J = lambda logprobs: una.rlhf_objective(logprobs, ref, rewards, beta)
+r_theta = lambda logprobs, offset=0.0: una.implicit_reward(logprobs, ref, beta, offset)
 kl = lambda p, q: mean(p, p - q)
 on_policy = lambda loss, p: mean(p.detach(), loss)          # drawing the samples has no gradient
 by_logits = lambda loss, logits: gradient(lambda t: loss(t.log_softmax(-1)), logits)
@@ -71,7 +56,7 @@ def spans(length, *spans):
 
 # Three rows of nine tokens out of seven; the responses are tokens 3-6, 1-2 and 5-8.
 logits, tokens, mask = normal(3, 9, 7), normal(3, 9, 7).argmax(-1), spans(9, (3, 7), (1, 3), (5, 9))
-used, logprob = F.pad(mask[:, 1:], (0, 1)), lambda z: sequence_logprob(z, tokens, mask)
+used, logprob = F.pad(mask[:, 1:], (0, 1)), lambda z: una.sequence_logprob(z, tokens, mask)
 
 
 def looped_logprob(z, mask=mask, of=sum):
@@ -84,7 +69,7 @@ def test_logprob_is_the_sum_of_the_response_tokens_log_softmax():
     expected = looped_logprob(logits)
     assert close(logprob(logits), expected)
     by_token = looped_logprob(logits, of=lambda row: torch.stack([*row]))
-    assert close(token_logprobs(logits, tokens, mask), by_token)        # column t: of token t + 1
+    assert close(una.token_logprobs(logits, tokens, mask), by_token)    # column t: of token t + 1
     assert torch.autograd.gradcheck(logprob, logits.clone().requires_grad_())
     for wrong in (mask & mask.roll(1, -1), mask & mask.roll(-1, -1)):   # no first token, or no last
         assert not close(expected, looped_logprob(logits, wrong))       # others: map_dpo
@@ -100,8 +85,8 @@ def test_logprob_of_all_responses_adds_up_to_one():
     for row, y in enumerate(responses):
         for t, token in enumerate(y):
             logits[row, t], tokens[row, t + 1] = predictions.setdefault(y[:t], normal(3)), token
-    logprobs = sequence_logprob(logits, tokens, spans(4, *[(1, 1 + len(y)) for y in responses]))
-    padding_counted = sequence_logprob(logits, tokens, spans(4, *[(1, 4)] * 15))
+    logprobs = una.sequence_logprob(logits, tokens, spans(4, *[(1, 1 + len(y)) for y in responses]))
+    padding_counted = una.sequence_logprob(logits, tokens, spans(4, *[(1, 4)] * 15))
     mean_for_sum = logprobs / torch.tensor([len(y) for y in responses])
     assert close(logprobs.exp().sum(), 1.0) and not close(padding_counted.exp().sum(), 1.0)
     assert not close(mean_for_sum.exp().sum(), 1.0)
@@ -110,17 +95,17 @@ def test_logprob_of_all_responses_adds_up_to_one():
 def test_logprob_and_its_gradient_are_exact_whatever_padding_ids_and_logits_stand_outside():
     padded = (F.pad(logits, (0, 0, 2, 3), value=5.0), F.pad(tokens, (2, 3), value=6),
               F.pad(mask, (2, 3)))
-    assert close(sequence_logprob(*padded), logprob(logits), tol=1e-14)
+    assert close(una.sequence_logprob(*padded), logprob(logits), tol=1e-14)
     for garbage in (-100, 10**9):
         other = tokens.masked_fill(~mask, garbage)
-        assert close(sequence_logprob(logits, other, mask), logprob(logits), tol=0), garbage
+        assert close(una.sequence_logprob(logits, other, mask), logprob(logits), tol=0), garbage
     # Left padding makes NaN. The gradient is 0 at logits that are not used, and only there.
     naive = lambda z: (z[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
                        - z[:, :-1].logsumexp(-1)).where(mask[:, 1:], 0.0).sum(-1)
     value, slope = looped_logprob(logits), gradient(looped_logprob, logits)
     for garbage in (math.nan, math.inf, -math.inf):
         dirty = logits.masked_fill(~used[..., None], garbage)
-        for ours in (logprob, lambda z: token_logprobs(z, tokens, mask).sum(-1)):
+        for ours in (logprob, lambda z: una.token_logprobs(z, tokens, mask).sum(-1)):
             assert close(ours(dirty), value) and close(gradient(ours, dirty), slope), garbage
             assert ((gradient(ours, dirty) == 0).all(-1) == ~used).all(), garbage
         assert close(naive(dirty), value) and gradient(naive, dirty).isnan().any()
@@ -146,8 +131,8 @@ def test_logprob_of_16_bit_logits_is_in_float32_and_only_the_response_is_copied(
     exact = looped_logprob(rounded.double())
     assert close(logprob(rounded).double(), exact, tol=1e-5)
     assert not close(looped_logprob(rounded).double(), exact, tol=1e-5)     # in bf16
-    for given, wide in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32),
-                        (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    for given in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        wide = torch.float64 if given == torch.float64 else torch.float32
         assert logprob(logits.to(given)).dtype == wide, given
     # Logits are what fills the memory: none but those of the 10 tokens become float32.
     seen, to = [], torch.Tensor.to
@@ -159,30 +144,30 @@ def test_logprob_of_16_bit_logits_is_in_float32_and_only_the_response_is_copied(
 def test_logprob_refuses_a_mask_that_is_not_bool_an_empty_response_and_one_at_position_zero():
     for dtype in (torch.int64, torch.uint8):
         with pytest.raises(ValueError, match=f"must be bool, got {dtype}"):
-            token_logprobs(logits, tokens, mask.to(dtype))
+            una.token_logprobs(logits, tokens, mask.to(dtype))
     for message, wrong in ("empty", (1, 1)), ("position 0", (0, 3)):
         with pytest.raises(ValueError, match=message):
-            sequence_logprob(logits, tokens, spans(9, (3, 7), wrong, (5, 9)))
+            una.sequence_logprob(logits, tokens, spans(9, (3, 7), wrong, (5, 9)))
 
 
 def test_eq01_is_sigmoid_of_the_difference_and_eq02_is_minus_log_likelihood_of_the_choices():
     winner, loser = normals(102)(2, 50)
     P = winner.exp() / (winner.exp() + loser.exp())
-    likelihood = lambda winner, loser: (-reward_model_loss(winner, loser)).exp()
+    likelihood = lambda winner, loser: (-una.reward_model_loss(winner, loser)).exp()
     assert close(likelihood(winner, loser), P) and not close(likelihood(loser, winner), P)
     assert close(likelihood(loser, winner), 1 - P)                  # one of the two must win
     assert close(likelihood(winner + 5, loser + 5), P)              # r_phi is known up to an f(x)
     # d/dm (-log sigma(m)) = -(1 - sigma(m)): a choice predicted with certainty teaches nothing.
-    assert close(gradient(lambda r: reward_model_loss(r, loser), winner), P - 1)
-    assert close(gradient(lambda r: reward_model_loss(winner, r), loser), 1 - P)
+    assert close(gradient(lambda r: una.reward_model_loss(r, loser), winner), P - 1)
+    assert close(gradient(lambda r: una.reward_model_loss(winner, r), loser), 1 - P)
 
 
 def test_eq03_is_mean_reward_minus_beta_KL_and_eq15_one_log_sum_for_any_f():
     by_hand = [sum(p * r - beta * p * math.log(p / q) for p, q, r in zip(*row))
                for row in zip(policy.exp().tolist(), ref.exp().tolist(), rewards.tolist())]
     assert close(J(policy), by_hand)
-    assert not close(rlhf_objective(ref, policy, rewards, beta), by_hand)       # swapped
-    assert close(rlhf_objective(policy, ref, rewards, 0.0), mean(policy, rewards))
+    assert not close(una.rlhf_objective(ref, policy, rewards, beta), by_hand)       # swapped
+    assert close(una.rlhf_objective(policy, ref, rewards, 0.0), mean(policy, rewards))
     one_sum = -beta * mean(policy, (policy.exp() / (ref + (rewards - f) / beta).exp()).log())
     assert close(J(policy), one_sum + f[:, 0])
     assert not close(J(policy), one_sum) and not close(J(policy), one_sum + f[:, 0] / beta)
@@ -192,13 +177,13 @@ def test_eq03_where_a_probability_is_zero_is_finite_with_its_gradient_and_reads_
     # p log p -> 0: the policy that always says y has J = r(y) + beta log pi_ref(y).
     one_hot, anchor, given = torch.eye(6).double().log(), policy.repeat(2, 1), normals(109)(6, 6)
     expected = (given + 0.7 * anchor).diagonal()
-    assert close(rlhf_objective(one_hot, anchor, given, 0.7), expected)
+    assert close(una.rlhf_objective(one_hot, anchor, given, 0.7), expected)
     # Where the reference never says y, any chance of y costs infinitely much.
     half, never = torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log()
-    assert rlhf_objective(half, never, torch.zeros(2), 0.7) == -math.inf
+    assert una.rlhf_objective(half, never, torch.zeros(2), 0.7) == -math.inf
     # A response that pi never gives, whether or not the reference does, and whatever its reward.
     naive = lambda p: (p.exp() * (given - beta * (p - anchor))).where(p.exp() > 0, 0.0).sum(-1)
-    objective = lambda p: rlhf_objective(p, anchor, given, beta)
+    objective = lambda p: una.rlhf_objective(p, anchor, given, beta)
     never = torch.arange(6) == 2
     logprobs = policy.masked_fill(never, -math.inf)
     terms = (policy.exp() * (rewards - beta * (policy - ref))).masked_fill(never, 0.0)
@@ -210,19 +195,19 @@ def test_eq03_where_a_probability_is_zero_is_finite_with_its_gradient_and_reads_
 
 
 def test_eq04_optimum_is_the_tilted_reference_and_larger_beta_means_smaller_KL_and_reward():
-    optimum, maximum = optimal_policy(ref, rewards, beta)
+    optimum, maximum = una.optimal_policy(ref, rewards, beta)
     assert close(optimum, best) and close(maximum, value)
     assert close(rewards, beta * (optimum - ref) + maximum[:, None])
-    assert not close(rewards, (optimum - ref) + maximum[:, None])
-    assert not close(rewards, beta * (optimum - ref))
+    for wrong in ((optimum - ref) + maximum[:, None], beta * (optimum - ref)):
+        assert not close(rewards, wrong)
     # What the reference never says the optimum never says, however large the reward.
     wider, raised = F.pad(ref, (0, 1), value=-math.inf), F.pad(rewards, (0, 1), value=100.0)
-    optimum, maximum = optimal_policy(wider, raised, beta)
+    optimum, maximum = una.optimal_policy(wider, raised, beta)
     assert close(optimum, F.pad(best, (0, 1), value=-math.inf)) and close(maximum, value)
-    assert close(rlhf_objective(optimum, wider, raised, beta), value)
+    assert close(una.rlhf_objective(optimum, wider, raised, beta), value)
     # With t = 1/beta and under pi*: d E[r] / dt = Var(r) > 0 and d KL / dt = t Var(r) > 0.
     # So both fall as beta grows, from the best response, for beta = 0, to the reference.
-    first, *policies, last = [optimal_policy(ref, rewards, beta)[0]
+    first, *policies, last = [una.optimal_policy(ref, rewards, beta)[0]
                               for beta in (1e-4, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1e9)]
     for fall in (lambda p: kl(p, ref), lambda p: mean(p, rewards)):
         assert (torch.stack([fall(p) for p in policies]).diff(dim=0) < 0).all()
@@ -233,7 +218,7 @@ def test_eq04_optimum_is_the_tilted_reference_and_larger_beta_means_smaller_KL_a
 def test_eq04_estimated_offset_is_unbiased_for_Z_below_beta_log_Z_and_errs_by_one_over_root_N():
     draws = torch.tensor([*product(range(6), repeat=3)])                        # (216, 3)
     logprobs, given = ref[0][draws].sum(-1), rewards[0][draws]
-    estimates = estimated_offset(given, beta)
+    estimates = una.estimated_offset(given, beta)
     unbiased = lambda offset: close(mean(logprobs, (offset / beta).exp()), Z[0])
     assert estimates.shape == (216,) and close(logprobs.exp().sum(), 1.0) and unbiased(estimates)
     assert value[0] - mean(logprobs, estimates) > 0.01                          # Jensen
@@ -242,7 +227,7 @@ def test_eq04_estimated_offset_is_unbiased_for_Z_below_beta_log_Z_and_errs_by_on
     generator, error = torch.Generator().manual_seed(0), {}
     for N in (100, 2500):
         draws = torch.multinomial(ref[0].exp(), 500 * N, replacement=True, generator=generator)
-        estimates = estimated_offset(rewards[0][draws].view(500, N), beta)
+        estimates = una.estimated_offset(rewards[0][draws].view(500, N), beta)
         error[N] = (estimates - value[0]).square().mean().sqrt().item()
     assert error[100] / error[2500] == pytest.approx(5, rel=0.15) and error[2500] < 0.02
 
@@ -250,24 +235,24 @@ def test_eq04_estimated_offset_is_unbiased_for_Z_below_beta_log_Z_and_errs_by_on
 def test_eq04_estimated_offset_goes_from_the_best_reward_to_the_mean_and_needs_a_positive_beta():
     given = normals(115)(2, 3, 5)
     most = given.amax(-1)
-    assert close(estimated_offset(given, 1e6), given.mean(-1), 1e-5)
-    assert close(estimated_offset(given, 1e-4), most, 1e-3)                     # e^{r/beta}: inf
+    assert close(una.estimated_offset(given, 1e6), given.mean(-1), 1e-5)
+    assert close(una.estimated_offset(given, 1e-4), most, 1e-3)                 # e^{r/beta}: inf
     for b in (0.1, 1.0, 10.0):
-        estimate = estimated_offset(given, b)
+        estimate = una.estimated_offset(given, b)
         assert (most - b * math.log(5) <= estimate).all() and (estimate <= most).all()
     for b, function in product((0.0, -0.1, math.nan), (
-            lambda b: optimal_policy(ref, rewards, b), lambda b: estimated_offset(given, b),
+            lambda b: una.optimal_policy(ref, rewards, b), lambda b: una.estimated_offset(given, b),
             lambda b: una.k3_optimal_policy(ref, rewards, b))):
         with pytest.raises(ValueError, match=f"beta must be positive, got {b}"):
             function(b)
     with pytest.raises(ValueError, match="at least one response"):
-        estimated_offset(torch.ones(2, 0), 1.0)
+        una.estimated_offset(torch.ones(2, 0), 1.0)
 
 
 def test_eq05_dpo_is_eq02_with_eq04_put_in_and_reaches_the_optimum_on_all_pairs_as_eq10_does():
     # The rewards of pi* are r - beta log Z, so DPO's loss of pi* is the reward model's loss of r.
     w, l = torch.tensor([*product(range(6), repeat=2)]).T
-    dpo = lambda p, w=w, l=l, beta=beta: dpo_loss(p[:, w], p[:, l], ref[:, w], ref[:, l], beta)
+    dpo = lambda p, w=w, l=l, beta=beta: una.dpo_loss(p[:, w], p[:, l], ref[:, w], ref[:, l], beta)
     P = rewards[:, w].exp() / (rewards[:, w].exp() + rewards[:, l].exp())
     assert close(dpo(best), -P.log())
     for wrong in (dpo(best, l, w), dpo(best, beta=1.0)):            # swapped, no beta
@@ -275,38 +260,38 @@ def test_eq05_dpo_is_eq02_with_eq04_put_in_and_reaches_the_optimum_on_all_pairs_
     # By log pi(y_w) and log pi(y_l) its slope is minus and plus beta sigma(r_l - r_w).
     pairs, refs = normals(118)(2, 2, 20)
     push = 0.3 * torch.sigmoid(0.3 * (pairs - refs)[1] - 0.3 * (pairs - refs)[0])
-    assert close(gradient(lambda p: dpo_loss(*p, *refs, 0.3), pairs), torch.stack([-push, push]))
+    slope = gradient(lambda p: una.dpo_loss(*p, *refs, 0.3), pairs)
+    assert close(slope, torch.stack([-push, push]))
     # Cross-entropy of sigma(margin) with the true P is smallest at r_w - r_l: r_theta = r + b(x).
-    for loss in (dpo, lambda p: una_pair_loss(r_theta(p)[:, w], r_theta(p)[:, l])):
+    for loss in (dpo, lambda p: una.una_pair_loss(r_theta(p)[:, w], r_theta(p)[:, l])):
         trained = fit(lambda p: P * loss(p))
         assert close(trained, best, tol=1e-6)
         for wrong in ((rewards, 2 * beta), (-rewards, beta)):
-            assert not close(trained, optimal_policy(ref, *wrong)[0], tol=1e-6)
+            assert not close(trained, una.optimal_policy(ref, *wrong)[0], tol=1e-6)
 
 
 def test_eq06_is_beta_log_ratio_plus_offset_and_eq08_the_chance_to_beat_a_response_of_reward_zero():
     expected = beta * torch.log(policy.exp() / ref.exp()) + f
-    assert close(implicit_reward(policy, ref, beta, f), expected)
-    assert close(implicit_reward(policy, ref, beta) + f, expected)          # no offset by default
-    assert close(implicit_reward(ref, ref, beta, f), f.expand(3, 6))        # the first step
-    assert not close(implicit_reward(ref, policy, beta, f), expected)       # swapped
-    assert close(gradient(lambda q: implicit_reward(policy, q, beta), ref), -beta)
+    assert close(una.implicit_reward(policy, ref, beta, f), expected)
+    assert close(una.implicit_reward(policy, ref, beta) + f, expected)      # no offset by default
+    assert close(una.implicit_reward(ref, ref, beta, f), f.expand(3, 6))        # the first step
+    assert not close(una.implicit_reward(ref, policy, beta, f), expected)       # swapped
+    assert close(gradient(lambda q: una.implicit_reward(policy, q, beta), ref), -beta)
     reward = torch.linspace(-40, 40, 81, dtype=torch.float64)
     chance = reward.exp() / (reward.exp() + 1)                              # Eq. 1 with r_l = 0
-    assert close(implicit_score(reward), chance, tol=1e-14)
-    assert close(implicit_score(reward), (-reward_model_loss(reward, 0 * reward)).exp())
-    assert not close(implicit_score(-reward), chance)
-    assert implicit_score(torch.tensor([-1000.0, 0.0, 1000.0])).tolist() == [0, 0.5, 1]
+    assert close(una.implicit_score(reward), chance, tol=1e-14)
+    assert close(una.implicit_score(reward), (-una.reward_model_loss(reward, 0 * reward)).exp())
+    assert not close(una.implicit_score(-reward), chance)
+    assert una.implicit_score(torch.tensor([-1000.0, 0.0, 1000.0])).tolist() == [0, 0.5, 1]
 
 
 def test_eq07_on_fresh_samples_has_the_gradient_of_rlhf_and_reaches_the_optimum_with_any_offset():
-    loss = lambda r: una_reward_loss(r, rewards)
+    loss = lambda r: una.una_reward_loss(r, rewards)
     assert close(loss(theta), theta**2 - 2 * theta * rewards + rewards**2)
-    assert close(gradient(loss, theta), 2 * (theta - rewards))
     # grad L = -2 beta grad J: the offset is a baseline. Not so on samples of pi_ref, or if drawing
     # the samples had a gradient, or if the offset depended on the response.
     grad_L = lambda b, samples=torch.Tensor.detach, anchor=ref: by_logits(
-        lambda p: mean(samples(p), loss(implicit_reward(p, anchor, beta, b))), theta)
+        lambda p: mean(samples(p), loss(una.implicit_reward(p, anchor, beta, b))), theta)
     expected = -2 * beta * by_logits(J, theta)
     for b in (0.0, 3.7, f):
         assert close(grad_L(b), expected) and not close(grad_L(b), expected / beta)
@@ -314,7 +299,7 @@ def test_eq07_on_fresh_samples_has_the_gradient_of_rlhf_and_reaches_the_optimum_
         assert not close(grad_L(b, samples=lambda p: ref), expected)
         trained = fit(lambda p: on_policy(loss(r_theta(p, b)), p))
         assert close(trained, best, tol=1e-6)
-        assert not close(trained, optimal_policy(ref, rewards, 2 * beta)[0], tol=1e-6)
+        assert not close(trained, una.optimal_policy(ref, rewards, 2 * beta)[0], tol=1e-6)
     assert not close(grad_L(normals(125)(3, 6)), expected)
     assert not close(grad_L(0.0, anchor=ref.flip(-1)), expected)
 
@@ -323,9 +308,9 @@ def test_eq07_and_eq09_have_no_noise_at_the_optimum_with_beta_log_Z_and_only_wit
     # Each single sample has gradient zero there. Without that offset, on fresh samples, the mean of
     # Eq. 7 is zero still, as grad J is; not that of Eq. 9: the slope of sigma weighs the residuals.
     for loss, averages_out in (
-            (lambda p, b: una_reward_loss(r_theta(p, b), rewards), True),
-            (lambda p, b: una_score_loss(r_theta(p, b), scores, "mse"), False),
-            (lambda p, b: una_score_loss(r_theta(p, b), scores, "bce"), False)):
+            (lambda p, b: una.una_reward_loss(r_theta(p, b), rewards), True),
+            (lambda p, b: una.una_score_loss(r_theta(p, b), scores, "mse"), False),
+            (lambda p, b: una.una_score_loss(r_theta(p, b), scores, "bce"), False)):
         at_each = lambda b: gradient(lambda p: loss(p, b), best)
         assert close(at_each(offset), 0.0) and not close(at_each(0.0), 0.0)
         on_average = by_logits(lambda p: on_policy(loss(p, 0.0), p), best)
@@ -336,13 +321,14 @@ def test_eq07_eq11_eq12_and_eq13_on_old_samples_reach_the_optimum_if_the_offset_
     # Then r_theta = r is within reach at all responses, at pi* only. A label is 1 with probability
     # s = sigma(r): on average over labels mse and bce are smallest at s_theta = s.
     s, one = scores, torch.ones_like(scores)
-    labels = lambda r, g: s * una_binary_loss(r, one, g) + (1 - s) * una_binary_loss(r, 0 * one, g)
-    reward = lambda r, given=rewards: una_reward_loss(r, given)
+    labels = lambda r, g: (s * una.una_binary_loss(r, one, g)
+                           + (1 - s) * una.una_binary_loss(r, 0 * one, g))
+    reward = lambda r, given=rewards: una.una_reward_loss(r, given)
     train = lambda loss, b=0.0: fit(lambda p: ref.exp() * loss(r_theta(p, b)))
     for name, loss in {"reward": reward, "labels, mse": lambda r: labels(r, "mse"),
                        "labels, bce": lambda r: labels(r, "bce"),
-                       "score, mse": lambda r: una_score_loss(r, s, "mse"),
-                       "score, bce": lambda r: una_score_loss(r, s, "bce")}.items():
+                       "score, mse": lambda r: una.una_score_loss(r, s, "mse"),
+                       "score, bce": lambda r: una.una_score_loss(r, s, "bce")}.items():
         assert close(train(loss, offset), best, tol=1e-6), name
         assert not close(train(loss), best, tol=1e-2), name
     for wrong in (offset + 0.1, value.mean()):                      # one offset for all prompts
@@ -355,8 +341,8 @@ def test_eq05_and_eq13_have_other_optima_where_feedback_does_not_reach_or_connec
     # says nothing of which of 4 and 5 has what is left.
     first = torch.arange(6) < 3
     w, l = torch.tensor([*product(range(6), repeat=2)]).T
-    dpo = lambda p, which: dpo_loss(p[:, w], p[:, l], ref[:, w], ref[:, l], beta)[:, which]
-    score = lambda p, judged: una_score_loss(r_theta(p, offset), scores)[:, :judged]
+    dpo = lambda p, which: una.dpo_loss(p[:, w], p[:, l], ref[:, w], ref[:, l], beta)[:, which]
+    score = lambda p, judged: una.una_score_loss(r_theta(p, offset), scores)[:, :judged]
     shifted, within = (best + first).log_softmax(-1), first[w] == first[l]
     exchanged = best[:, [0, 1, 2, 3, 5, 4]]
     assert close(dpo(shifted, within), dpo(best, within))
@@ -373,50 +359,46 @@ def test_eq09_compares_scores_as_eq13_does_and_both_are_smallest_at_the_logit_of
     reward, given = 2 * normals(133)(30), torch.sigmoid(normals(134)(30))
     s = 1 / (1 + (-reward).exp())
     for g, (formula, slope) in table.items():
-        loss = lambda r, given=given: una_score_loss(r, given, g)
+        loss = lambda r, given=given: una.una_score_loss(r, given, g)
         assert close(loss(reward), formula(s, given)), g
         assert close(gradient(loss, reward), slope(s, given)), g
         assert not close(loss(reward), formula(reward.abs(), given)), g         # not squashed
         least, *others = (loss(rewards + off, scores) for off in (0, 0.1, -0.1))
         assert all((least < other).all() for other in others), g
-    assert una_score_loss(reward, given).equal(una_score_loss(reward, given, "mse"))
-    assert close(gradient(lambda r: una_score_loss(r, given), 0 * reward), (0.5 - given) / 2)
-    # Scores 0.1, 0.2, 0.9 of one response: mae takes not the mean, 0.4, but the median. On a grid.
-    s = torch.arange(1, 100).double() / 100
-    for g, expected in (("mse", 0.40), ("bce", 0.40), ("mae", 0.20)):
-        loss = sum(una_score_loss(s.logit(), 0 * s + given, g) for given in (0.1, 0.2, 0.9))
-        assert s[loss.argmin()].item() == expected, g
+    assert una.una_score_loss(reward, given).equal(una.una_score_loss(reward, given, "mse"))
+    assert close(gradient(lambda r: una.una_score_loss(r, given), 0 * reward), (0.5 - given) / 2)
 
 
 def test_eq09_refuses_scores_outside_zero_and_one_and_another_g():
     for bad in (-1e-6, 1 + 1e-6, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"got {bad}"):
-            una_score_loss(theta[0, :4], torch.tensor([0, bad, 7, 1], dtype=torch.float64))
-    una_score_loss(torch.zeros(2), torch.tensor([0.0, 1.0]))
+            una.una_score_loss(theta[0, :4], torch.tensor([0, bad, 7, 1], dtype=torch.float64))
+    una.una_score_loss(torch.zeros(2), torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="got 'MSE'"):
-        una_score_loss(torch.zeros(2), torch.ones(2), "MSE")
+        una.una_score_loss(torch.zeros(2), torch.ones(2), "MSE")
 
 
 def test_eq10_is_eq02_on_implicit_rewards_and_so_dpo_with_any_offset():
     pairs, refs, b = normals(142)(2, 20), normals(143)(2, 20), normals(144)(20)
     value_and_slope = lambda loss: torch.stack([loss(pairs), *gradient(loss, pairs)])
-    pair = lambda p, b_l=b: una_pair_loss(*implicit_reward(p, refs, 0.3, torch.stack([b, b_l])))
+    pair = lambda p, b_l=b: una.una_pair_loss(*una.implicit_reward(
+        p, refs, 0.3, torch.stack([b, b_l])))
     bradley_terry = value_and_slope(lambda r: -torch.log(r[0].exp() / (r[0].exp() + r[1].exp())))
-    assert close(value_and_slope(lambda r: una_pair_loss(*r)), bradley_terry)
-    dpo = value_and_slope(lambda p: dpo_loss(*p, *refs, 0.3))
+    assert close(value_and_slope(lambda r: una.una_pair_loss(*r)), bradley_terry)
+    dpo = value_and_slope(lambda p: una.dpo_loss(*p, *refs, 0.3))
     assert close(value_and_slope(pair), dpo)
     assert not close(value_and_slope(lambda p: pair(p, 0 * b)), dpo)    # one that does not cancel
 
 
 def test_eq11_is_the_squared_distance_to_the_label_and_eq12_the_cross_entropy_of_torch():
     reward, label = 2 * normals(145)(20), (normals(147)(20) > 0).double()
-    loss, s = lambda label, *g: una_binary_loss(reward, label, *g), 1 / (1 + (-reward).exp())
+    loss, s = lambda label, *g: una.una_binary_loss(reward, label, *g), 1 / (1 + (-reward).exp())
     squared = torch.where(label == 1, (s - 1) ** 2, (s - 0) ** 2)
     entropy = F.binary_cross_entropy(s, label, reduction="none")
     assert close(entropy, F.binary_cross_entropy_with_logits(reward, label, reduction="none"))
     for g, expected in ((), squared), (("mse",), squared), (("bce",), entropy):     # () by default
         assert close(loss(label, *g), expected) and not close(loss(1 - label, *g), expected)
-    assert una_binary_loss(reward.half(), label).dtype == torch.float16         # the rewards' type
+    assert una.una_binary_loss(reward.half(), label).dtype == torch.float16     # the rewards' type
 
 
 def test_eq14_log_sum_inequality_and_its_proof_line_by_line_eq21_jensen_and_eq22():
@@ -451,10 +433,10 @@ def test_eq16_eq19_and_eq20_optimum_beats_every_policy_by_beta_KL_and_ascent_cli
         assert (J(p) < value).all() and close(J(p), -beta * (kl(p, best) - Z.log()))
         assert not close(J(p), -beta * (kl(best, p) - Z.log()))     # KL the other way round
         assert not close(J(p), beta * (kl(p, best) - Z.log()))
-    optimum, maximum = optimal_policy(ref, rewards, beta)
+    optimum, maximum = una.optimal_policy(ref, rewards, beta)
     climbed = fit(lambda logprobs: -J(logprobs))
     assert close(J(optimum), maximum) and close(climbed, optimum, tol=1e-7)
-    assert not close(climbed, optimal_policy(ref, rewards, 2 * beta)[0], tol=1e-7)
+    assert not close(climbed, una.optimal_policy(ref, rewards, 2 * beta)[0], tol=1e-7)
     # The bound is the same for any f: beta log Z_f + f, with Z_f = Z e^{-f/beta}.
     for b in (torch.full((3, 1), 5.0), f):
         log_Z_f = mean(ref, ((rewards - b) / beta).exp()).log()
@@ -462,7 +444,7 @@ def test_eq16_eq19_and_eq20_optimum_beats_every_policy_by_beta_KL_and_ascent_cli
 
 
 def test_eq17_lambda_is_Z_f_at_every_response_and_eq18_a_policy_is_optimal_for_its_rewards_alone():
-    (optimum, maximum), lambda_ = optimal_policy(ref, rewards, beta), Z_f[:, None]
+    (optimum, maximum), lambda_ = una.optimal_policy(ref, rewards, beta), Z_f[:, None]
     ratio = optimum.exp() / (ref.exp() * ((rewards - f) / beta).exp())
     assert close(1 / ratio, lambda_.expand(3, 6))                   # the same for all y
     assert ratio[:, 0].std() > 0.1                                  # and not the same for all x
@@ -471,13 +453,13 @@ def test_eq17_lambda_is_Z_f_at_every_response_and_eq18_a_policy_is_optimal_for_i
     assert close(r_theta(optimum, f + c), rewards) and close(f + c, maximum[:, None])
     # r = beta log pi/pi_ref + b(x): pi_ref e^{r/beta} = pi e^{b/beta}, so Z = e^{b/beta}, pi* = pi.
     for b in (0.0, 2.0, f):
-        optimum, maximum = optimal_policy(ref, r_theta(policy, b), beta)
+        optimum, maximum = una.optimal_policy(ref, r_theta(policy, b), beta)
         assert close(optimum, policy) and close(maximum[:, None] - b, 0.0)      # b = beta log Z
-    assert not close(optimal_policy(ref, r_theta(policy), 1.0)[0], policy)      # missing beta
+    assert not close(una.optimal_policy(ref, r_theta(policy), 1.0)[0], policy)      # missing beta
     # No other reward has that optimum. d log pi* / d r = (I - 1 pi*^T) / beta:
     # the only change of the reward that pi* does not feel is a constant.
     jacobian = torch.autograd.functional.jacobian(
-        lambda r: optimal_policy(ref[0], r, beta)[0], rewards[0])
+        lambda r: una.optimal_policy(ref[0], r, beta)[0], rewards[0])
     assert torch.linalg.matrix_rank(jacobian).item() == 5 and close(jacobian.sum(-1), 0.0)
     assert close(jacobian, (torch.eye(6).double() - best[0].exp()) / beta)
 
@@ -495,14 +477,14 @@ def test_printed_eq06_f_and_c_zero_is_exact_only_if_Z_is_one_and_misses_by_beta_
     with_Z_one = rewards - offset
     assert close(mean(ref, (with_Z_one / beta).exp()), 1.0) and offset.abs().min() > 0.05
     for given, difference in ((rewards, offset), (with_Z_one, 0 * offset)):
-        optimum, _ = optimal_policy(ref, given, beta)
+        optimum, _ = una.optimal_policy(ref, given, beta)
         assert close(given - r_theta(optimum), difference.expand(3, 6))
 
 
 def test_printed_eq09_is_not_equivalent_to_eq07():
     # The two gradients do not point the same way, and Eq. 9 leads elsewhere at some prompts.
-    score = lambda p: on_policy(una_score_loss(r_theta(p), scores), p)
-    reward = lambda p: on_policy(una_reward_loss(r_theta(p), rewards), p)
+    score = lambda p: on_policy(una.una_score_loss(r_theta(p), scores), p)
+    reward = lambda p: on_policy(una.una_reward_loss(r_theta(p), rewards), p)
     slopes = by_logits(score, theta), by_logits(reward, theta)
     assert F.cosine_similarity(*slopes, dim=-1).min() < 0.99
     assert close(fit(reward), best, tol=1e-6)
@@ -512,7 +494,7 @@ def test_printed_eq09_is_not_equivalent_to_eq07():
 def test_printed_eq10_linear_is_unbounded_below():
     # -(r_w - r_l) pushes as hard at a margin of 1000 as at 0; -log sigma(r_w - r_l) >= 0 lets go.
     margin = torch.tensor([0.0, 10.0, 1000.0], dtype=torch.float64)
-    printed, ours = lambda m: -m, lambda m: una_pair_loss(m, 0 * m)
+    printed, ours = lambda m: -m, lambda m: una.una_pair_loss(m, 0 * m)
     assert (gradient(printed, margin) == -1).all() and printed(margin).min() == -1000
     assert (ours(margin) >= 0).all()
     assert close(gradient(ours, margin), [-0.5, -1 / (1 + math.exp(10)), 0.0])
@@ -526,13 +508,13 @@ def test_printed_eq11_printed_eq12_and_printed_eq13_minus_drives_scores_and_labe
         for _ in range(200):
             reward = reward - gradient(loss, reward)
         return torch.sigmoid(reward)
-    for target, loss in ((label, lambda r: una_binary_loss(r, label)),
-                         (label, lambda r: una_binary_loss(r, label, "bce")),
-                         (given, lambda r: una_score_loss(r, given))):
+    for target, loss in ((label, lambda r: una.una_binary_loss(r, label)),
+                         (label, lambda r: una.una_binary_loss(r, label, "bce")),
+                         (given, lambda r: una.una_score_loss(r, given))):
         reached, apart = descend(loss), descend(lambda r: -loss(r))
         assert (reached - target).abs().max() < 0.1 and (apart - target).abs().min() > 0.5
     # Eq. 12: the second printed line is right, the first has a minus before L_BCE.
-    s, ours = torch.sigmoid(start), una_binary_loss(start, label, "bce").sum()
+    s, ours = torch.sigmoid(start), una.una_binary_loss(start, label, "bce").sum()
     second_line = -(torch.log(s[0]) + torch.log(1 - s[1]))
     first_line = -F.binary_cross_entropy(s, label, reduction="sum")
     assert close(ours, second_line) and not close(ours, first_line) and close(ours, -first_line)
