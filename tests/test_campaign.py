@@ -379,15 +379,16 @@ def test_the_end_is_measured_exactly_with_its_masses_and_how_far_an_offset_is_fr
     feedback = shared().feedback
     for name, offset in (("una-score", "estimated"), ("una-binary-bce", "learned"),
                          ("una-score", "exact"), ("kto", "zero")):
-        its = short(name, offset, points=2, cell=(("learning_rate", 1e-2), ("beta_multiple", 2)))
+        its = short(name, offset, steps=32, points=3,
+                    cell=(("learning_rate", 1e-2), ("beta_multiple", 2)))
         policy, batches, value, offsets = began(its, monkeypatch)
-        train.align(variants.method_of(its), policy, batches, 0.5, 3, value, offsets)
+        train.align(variants.method_of(its), policy, batches, 0.5, 32, value, offsets)
         told, rho = entry(its), train.logprob(policy, feedback.tokens, feedback.mask)
         for split in ("train", "heldout"):
             end = exact.policy_logprobs(policy, world(split).prompts)
             assert told[split].items() >= exact.evaluate(world(split), end).items()
             assert told[split]["mass"] == exact.masses(world(split), end)
-        assert [point["step"] for point in told["curve"]] == [0, 1, 3]
+        assert [point["step"] for point in told["curve"]] == [0, 1, 6, 32]
         assert told["method_beta"] == 0.5
         assert told["mean_rho"] == pytest.approx((rho - feedback.ref_logprob).mean().item(),
                                                  abs=1e-6)

@@ -146,6 +146,8 @@ def test_the_pages_tables_are_what_fill_writes():
     assert tables.filled(LAB, TABLES) == LAB
     assert sorted(re.findall(r"<!-- (?!end)(\w+) -->", LAB)) == sorted(TABLES)
     assert tables.filled(LAB, dict(TABLES, masses="| a |")) != LAB
+    drawn = [run["method"] for run in tables.read(ROOT / "lab")["main"]["runs"]]
+    assert sorted(drawn) == sorted([*train.METHODS] * 8)
 
 
 def test_every_number_with_a_range_in_the_prose_is_a_cell():
