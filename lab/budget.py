@@ -21,8 +21,7 @@ LEARNED, SCORE_LEARNED = (key._replace(offset="learned") for key in (BCE, SCORE)
 FROM_ZERO = SCORE._replace(offset="from zero")
 ESTIMATED = SCORE._replace(offset="estimated")
 TASKS = dict(beta_multiple=(1,))
-# An earlier grid, by another rule, had found that scores which learn f(x) + c from 0 lose 3.6 % of
-# 1200 responses. The balanced start lost more on the first tuning seeds, so both are in.
+# With few scores it is open where a learned f(x) + c should begin: balanced, or at 0.
 GRIDS = {key._replace(judged=size): grid for size, grids in {
     FEW: {
         DPO: dict(learning_rate=(5e-4, 1e-3), beta_multiple=(4, 16), steps=(100,)),

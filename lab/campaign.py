@@ -146,15 +146,15 @@ def tune(lab, grids, lost_of=lost_of):
         return sorted(lost[key], key=lambda cell: (-len(lost[key][cell]), mean(lost[key][cell])))
 
     def run_all(title, seeds, cells):
-        todo = [(key, cell, seed) for key in cells for cell in cells[key] for seed in seeds
-                if cell not in lost[key] or seed not in TUNING_SEEDS[:FIRST]]
+        todo = [(key, cell, seed) for key in cells for cell in cells[key] for seed in seeds]
         runs = [at(key, cell, seed=seed) for key, cell, seed in todo]
         for (key, cell, _), share in zip(todo, lost_of(lab, title, runs)):
             lost[key].setdefault(cell, []).append(share)
 
     run_all("grids", TUNING_SEEDS[:FIRST], {key: cells_of(grid) for key, grid in grids.items()})
     run_all("grown grids", TUNING_SEEDS[:FIRST], {
-        key: cells_of(grown(grid, ranked(key)[0])) for key, grid in grids.items()})
+        key: [cell for cell in cells_of(grown(grid, ranked(key)[0])) if cell not in lost[key]]
+        for key, grid in grids.items()})
     run_all(f"the better {KEPT}", TUNING_SEEDS[FIRST:], {key: ranked(key)[:KEPT] for key in grids})
     return lost, {key: ranked(key)[0] for key in grids}
 
